@@ -1,0 +1,637 @@
+"""`Chest`, a dictionary that spills to disk.
+
+A chest is used like a dict. Values stay in memory until they take more than `available_memory`;
+then the large and the cold ones are written to files in the directory of the chest, and read back
+when they are asked for. A chest with a path is there again when it is opened the next time.
+
+What is promised: a commit is all or nothing; a value that cannot be written stays in memory; a
+value that is read is the one that was stored, or an error says that it is not. What is not: a list
+or dict that you hold on to while many other values are set is a copy by then, so get it from the
+chest again before you change it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import os
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from itertools import islice
+from types import TracebackType
+from typing import IO, Any, Self, TypeVar, overload
+
+from chest.columns import Entry
+from chest.directory import remove_quietly
+from chest.errors import UnsavedError
+from chest.filenames import key_to_filename
+from chest.ledger import UNSAVED
+from chest.memory import Memory
+from chest.serialize import UNKNOWN, Dump, Load, Open, Serializer, dump_pickle
+from chest.sizes import nbytes
+from chest.store import Staged
+from chest.views import ChestItems, ChestKeys, ChestValues
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+T = TypeVar("T")
+
+DEFAULT_AVAILABLE_MEMORY = 1e9  # bytes
+MAX_OPEN_FILES = 512
+PREFETCH_THREADS = 8
+LINKS = 1024  # values taken over from another chest in one commit
+
+_MISSING: Any = object()
+
+
+class Chest(MutableMapping[K, V]):
+    """A dictionary that spills to disk.
+
+    Parameters
+    ----------
+    data : mapping or iterable of pairs, optional
+        What the chest holds at first; copied.
+    path : str or path-like, optional
+        The directory; made if need be, for the user alone. Without one the chest is temporary:
+        its directory is made when a value first leaves memory, and removed with the chest.
+    available_memory : float, optional
+        How many bytes the values in memory may take; 1e9 if not given.
+    dump, load : callable, optional
+        ``dump(obj, file)`` and ``load(file)``, as of pickle (the default, with protocol 5) or
+        json; text or binary.
+    key_to_filename : callable, optional
+        Key to the name of its file, relative to the directory.
+    on_miss, on_overflow : callable, optional
+        Called with each key that is read from disk, or that left memory.
+    open : callable, optional
+        ``open(path, mode=...)`` for the value files, as ``gzip.open``.
+    open_many : callable, optional
+        ``open_many(paths, mode=...)``, a context manager that gives open files, for `prefetch`.
+    mode : {'t', 'b'}, optional
+        Whether `load` wants a text or a binary file; found out if not given.
+    nbytes : callable, optional
+        Value to its size in bytes.
+    writeback : bool, optional
+        Whether values may be changed in place. If False, only what is set is written, and values
+        are not compared with what the disk holds when they leave memory.
+    fsync : bool, optional
+        Whether each commit survives a power cut, at the price of waiting for the disk.
+    readonly : bool, optional
+        Write nothing. A directory that cannot be written is opened so by itself.
+
+    Attributes
+    ----------
+    inmem : dict
+        The values in memory; to look at, not to change.
+    lock : threading.RLock
+        Held by whatever changes the chest.
+    dump, load, open, open_many, mode
+        As given.
+
+    Raises
+    ------
+    OSError
+        If the directory cannot be made or read.
+    CorruptIndexError
+        If its index cannot be read; nothing is changed then.
+    ValueError
+        If an option makes no sense.
+
+    Notes
+    -----
+    Any number of threads may use a chest. Values in memory are got without a lock; each of the
+    other operations is atomic.
+
+    Methods by purpose:
+
+    * a dict: all of its methods, in the order in which keys were first set
+    * memory: `memory_usage`, `available_memory`, `inmem`, `shrink`, `move_to_disk`,
+      `get_from_disk`, `prefetch`
+    * disk: `path`, `key_to_filename`, `flush`, `write_keys`, `close`, `closed`, `drop`
+
+    Examples
+    --------
+    >>> c = Chest(available_memory=1000)
+    >>> c['x'] = list(range(1000))
+    >>> c['x'][:3], c.memory_usage
+    ([0, 1, 2], 0)
+    """
+
+    def __init__(
+        self,
+        data: Mapping[K, V] | Iterable[tuple[K, V]] | None = None,
+        path: str | os.PathLike[str] | None = None,
+        available_memory: float | None = DEFAULT_AVAILABLE_MEMORY,
+        dump: Dump = dump_pickle,
+        load: Load = pickle.load,
+        key_to_filename: Callable[[Any], str] = key_to_filename,
+        on_miss: Callable[[Any], object] | None = None,
+        on_overflow: Callable[[Any], object] | None = None,
+        open: Open = builtins.open,
+        open_many: Callable[..., AbstractContextManager[Iterable[IO[Any]]]] | None = None,
+        mode: str | None = None,
+        *,
+        nbytes: Callable[[Any], int] = nbytes,
+        writeback: bool = True,
+        fsync: bool = False,
+        readonly: bool = False,
+    ) -> None:
+        if mode not in (None, "t", "b"):
+            raise ValueError(f"mode is {mode!r}: it has to be 't', 'b' or None")
+        if readonly and path is None:
+            raise ValueError("readonly=True needs the path of the chest to read")
+        self.dump = dump
+        self.load = load
+        self.open = open
+        self.open_many = open_many
+        self.mode = mode
+        self._memory = Memory(
+            None if path is None else _absolute(path),
+            Serializer(dump, load, open, mode),
+            key_to_filename,
+            available=_budget(available_memory),
+            nbytes=nbytes,
+            writeback=writeback,
+            fsync=fsync,
+            readonly=readonly,
+            on_miss=on_miss,
+            on_overflow=on_overflow,
+        )
+        # Not __del__: this runs once, also at exit, and not when a value resurrects the chest.
+        self._finalizer = weakref.finalize(self, self._memory.finish)
+        if data is not None:
+            self.update(data)
+
+    @classmethod
+    def fromkeys(cls, iterable: Iterable[K], value: Any = None) -> Self:
+        """Return a new temporary chest with keys from `iterable`, each with `value`."""
+        new = cls()
+        for key in iterable:
+            new[key] = value
+        return new
+
+    # -- the mapping -----------------------------------------------------------------------------
+
+    def __getitem__(self, key: K) -> V:
+        memory = self._memory
+        if memory.head[1] != memory.seen:
+            memory.catch_up()
+        try:
+            value: V = memory.inmem[key]
+        except KeyError:
+            pass
+        else:
+            memory.mark(key)
+            return value
+        return memory.fetch(key)  # type: ignore[no-any-return]
+
+    def __setitem__(self, key: K, value: V) -> None:
+        self._memory.set(key, value)
+
+    def __delitem__(self, key: K) -> None:
+        with self.lock:
+            self._memory.begin("delete a key")
+            self._memory.delete(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[K]:
+        return (key for key in list(self._rows) if key in self._rows)
+
+    def __reversed__(self) -> Iterator[K]:
+        return (key for key in list(reversed(self._rows)) if key in self._rows)
+
+    @property
+    def _rows(self) -> dict[Any, int]:
+        memory = self._memory
+        if memory.head[1] != memory.seen:
+            memory.catch_up()
+        return memory.ledger.rows
+
+    @overload
+    def pop(self, key: K, /) -> V: ...
+    @overload
+    def pop(self, key: K, default: T, /) -> V | T: ...
+    def pop(self, key: K, default: Any = _MISSING, /) -> Any:
+        """Remove `key` and return its value, or `default` if there is no such key."""
+        while True:
+            try:
+                value = self[key]
+            except KeyError:
+                if default is _MISSING:
+                    raise
+                return default
+            with self.lock:
+                self._memory.begin("pop a key")
+                if self._memory.holds(key, value):
+                    self._memory.delete(key)
+                    return value
+
+    def popitem(self) -> tuple[K, V]:
+        """Remove and return the pair whose key was set last.
+
+        Raises
+        ------
+        KeyError
+            If the chest is empty.
+        """
+        while True:
+            key = next(reversed(self), _MISSING)
+            if key is _MISSING:
+                raise KeyError("popitem(): the chest is empty")
+            value = self.pop(key, _MISSING)
+            if value is not _MISSING:
+                return key, value
+
+    def setdefault(self, key: K, default: Any = None) -> Any:
+        """Return the value of `key`, which becomes `default` if there is no such key."""
+        while True:
+            try:
+                return self[key]
+            except KeyError:
+                pass
+            with self.lock:
+                if key not in self:
+                    self[key] = default
+                    return default
+
+    def clear(self) -> None:
+        """Remove every key, without reading a value."""
+        with self.lock:
+            self._memory.begin("clear the chest")
+            self._memory.clear()
+
+    def update(  # type: ignore[override]
+        self, other: Any = (), /, overwrite: bool = True, **more: V
+    ) -> None:
+        """Set the pairs of a mapping, an iterable of pairs or another chest, and keywords.
+
+        Values of a chest with the same serializer are linked, or copied where that fails, file by
+        file, and never loaded.
+
+        Parameters
+        ----------
+        other : mapping, iterable of pairs, or Chest
+        overwrite : bool
+            Whether keys that are there already get the new value.
+        **more
+            Further pairs.
+        """
+        if isinstance(other, Chest) and self._stores_like(other):
+            if other._memory is not self._memory:
+                self._link(other, overwrite)
+        else:
+            for key, value in _pairs(other):
+                if overwrite or key not in self:
+                    self[key] = value
+        for name, value in more.items():
+            if overwrite or name not in self:
+                self[name] = value  # type: ignore[index]
+
+    def _stores_like(self, other: Chest[Any, Any]) -> bool:
+        mine, theirs = self._memory.serializer, other._memory.serializer
+        return (mine.name, self.load, self.open) == (theirs.name, other.load, other.open)
+
+    def _link(self, other: Chest[Any, Any], overwrite: bool) -> None:
+        """Take over the values of another chest as they lie on its disk."""
+        try:
+            other.flush()
+        except UnsavedError:
+            pass  # those are set below, as the objects that they are
+        with self.lock:
+            self._memory.begin("update the chest")
+        wanted = (key for key in other if overwrite or key not in self)
+        while keys := list(islice(wanted, LINKS)):
+            staged: dict[Any, Staged] = {}
+            try:
+                for key in keys:
+                    link = self._stage_link(other, key)
+                    if link is None:
+                        self[key] = other[key]
+                    else:
+                        staged[key] = link
+                self._memory.adopt(staged)
+            finally:
+                for link in staged.values():  # those that could not be taken over
+                    remove_quietly(link.path)
+
+    def _stage_link(self, other: Chest[Any, Any], key: K) -> Staged | None:
+        theirs = other._memory
+        with theirs.lock:
+            row = theirs.ledger.rows.get(key, UNSAVED)
+            if row == UNSAVED or key in theirs.dirty:
+                return None
+            entry = theirs.ledger.entry(row)
+        try:
+            return self._memory.store.stage_link(theirs.store, entry)
+        except OSError:
+            return None  # replaced meanwhile, or damaged: getting the value tells
+
+    def copy(self) -> Chest[K, V]:
+        """Return a temporary chest with the same keys and values, and the same options."""
+        memory = self._memory
+        new: Chest[K, V] = Chest(
+            None,
+            None,
+            memory.available,
+            self.dump,
+            self.load,
+            memory.namer,
+            memory.on_miss,
+            memory.on_overflow,
+            self.open,
+            self.open_many,
+            self.mode,
+            nbytes=memory.nbytes,
+            writeback=memory.writeback,
+            fsync=memory.fsync,
+        )
+        new.update(self)
+        return new
+
+    __copy__ = copy
+
+    def __or__(self, other: Any) -> Chest[Any, Any]:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        new = self.copy()
+        new.update(other)
+        return new
+
+    def __ror__(self, other: Any) -> Chest[Any, Any]:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        new = self.copy()
+        new.clear()
+        new.update(other)
+        new.update(self)
+        return new
+
+    def __ior__(self, other: Any) -> Self:
+        self.update(other)
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        if len(self) != len(other):
+            return False
+        for key, value in self._stream(self):
+            theirs = _peek(other, key)
+            if theirs is not value and not theirs == value:  # noqa: SIM201 -- as dict asks it
+                return False
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # -- views -----------------------------------------------------------------------------------
+
+    def keys(self) -> ChestKeys[K]:
+        """Return a view of the keys."""
+        return ChestKeys(self)
+
+    def values(self) -> ChestValues[V]:
+        """Return a view of the values; iterating pushes nothing out of memory."""
+        return ChestValues(self)
+
+    def items(self) -> ChestItems[K, V]:
+        """Return a view of the pairs; iterating pushes nothing out of memory."""
+        return ChestItems(self)
+
+    def _stream(self, keys: Iterable[K]) -> Iterator[tuple[K, V]]:
+        """Yield the pairs of those `keys` that are there, pushing nothing out of memory."""
+        for key in keys:
+            value = _peek(self, key)
+            if value is not _MISSING:
+                yield key, value
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    @property
+    def inmem(self) -> dict[K, V]:
+        """The values in memory; to look at, not to change."""
+        return self._memory.inmem
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The lock that whatever changes the chest holds."""
+        return self._memory.lock
+
+    @property
+    def memory_usage(self) -> int:
+        """How many bytes the values in memory take."""
+        return self._memory.eviction.total
+
+    @property
+    def available_memory(self) -> float:
+        """How many bytes they may take; what is too much when it is set leaves at once."""
+        return self._memory.available
+
+    @available_memory.setter
+    def available_memory(self, available: float | None) -> None:
+        self._memory.available = _budget(available)
+        self._memory.shrink()
+
+    def shrink(self) -> None:
+        """Spill until the values in memory take no more than `available_memory`.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses; what could not be written stays in memory.
+        """
+        self._memory.shrink()
+
+    def move_to_disk(self, key: K) -> None:
+        """Write the value of `key` if need be, and let it go from memory.
+
+        Raises
+        ------
+        KeyError
+            If there is no such key.
+        UnsavedError
+            If the value cannot be written.
+        OSError
+            If the disk refuses.
+        """
+        self._memory.move_to_disk(key)
+
+    def get_from_disk(self, key: K) -> None:
+        """Read the value of `key` into memory, if it is not there and fits.
+
+        Raises
+        ------
+        KeyError
+            If there is no such key.
+        """
+        self._memory.fetch(key)
+
+    def prefetch(self, keys: K | Iterable[K]) -> None:
+        """Read values into memory, in threads, until the budget is used up.
+
+        Parameters
+        ----------
+        keys : a key, or an iterable of keys
+
+        Raises
+        ------
+        KeyError
+            If there is no such key.
+        """
+        one = isinstance(keys, (str, bytes)) or (isinstance(keys, Hashable) and keys in self)
+        entries = self._fitting([keys] if one else keys)  # type: ignore[arg-type,list-item]
+        if self.open_many is None:
+            fetch = self._memory.fetch
+            with ThreadPoolExecutor(PREFETCH_THREADS) as pool:
+                for _ in pool.map(lambda pair: fetch(pair[0], uses=1), entries):
+                    pass
+        else:
+            pairs = iter(entries)
+            while batch := list(islice(pairs, MAX_OPEN_FILES)):
+                self._prefetch_open(batch)
+
+    def _fitting(self, keys: Iterable[K]) -> list[tuple[K, Entry]]:
+        """Return the keys that have to be read, with their entries, as far as they fit."""
+        chosen = []
+        room = self._memory.available
+        for key in keys:
+            row = self._rows[key]
+            if row == UNSAVED or key in self._memory.inmem:
+                continue
+            entry = self._memory.ledger.entry(row)
+            room -= 0 if entry.length == UNKNOWN else entry.length
+            if room < 0:
+                break
+            chosen.append((key, entry))
+        return chosen
+
+    def _prefetch_open(self, batch: list[tuple[K, Entry]]) -> None:
+        """Read values from files that the user's `open_many` opens."""
+        assert self.open_many is not None
+        store = self._memory.store
+        paths = [store.directory.full_path(entry.file) for _, entry in batch]
+        with self.open_many(paths, mode="rb") as files:
+            for (key, entry), file in zip(batch, files, strict=True):
+                value = store.read(key, entry, file)
+                self._memory.offer(key, entry, value)
+
+    # -- disk ------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """The directory; that of a temporary chest is made when this is asked for."""
+        with self.lock:
+            if self._memory.closed:
+                return str(self._memory.path)
+            return self._memory.store.directory.path
+
+    def key_to_filename(self, key: K) -> str:
+        """Return the path of the file that holds, or that will hold, the value of `key`."""
+        with self.lock:
+            self._memory.begin()
+            store = self._memory.store
+            row = self._memory.ledger.rows.get(key, UNSAVED)
+            if row != UNSAVED:
+                return store.path_of(key, row)
+            return store.directory.full_path(store.directory.name_for(key))
+
+    def flush(self) -> None:
+        """Write every value that the disk does not hold yet, and commit; values stay in memory.
+
+        Raises
+        ------
+        UnsavedError
+            Naming every key that could not be saved; all others are.
+        """
+        self._memory.flush()
+
+    def write_keys(self) -> None:
+        """Commit deletions without writing values; what was spilled is committed already."""
+        self._memory.commit_deletions()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the chest was closed or dropped."""
+        return self._memory.closed
+
+    def close(self) -> None:
+        """Save everything and let go of it; a temporary chest is removed instead.
+
+        Raises
+        ------
+        UnsavedError
+            Naming every key that could not be saved; all others are, and the chest stays open.
+        """
+        self._memory.close()
+        self._finalizer.detach()
+
+    def drop(self) -> None:
+        """Remove the chest from disk, and close it; files that are not its own stay."""
+        self._memory.drop()
+        self._finalizer.detach()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        memory = self._memory
+        where = memory.path or "no directory yet"
+        if memory.closed:
+            return f"<closed chest at {where}>"
+        return (
+            f"<chest at {where}: {len(self)} keys, {self.memory_usage:,} of "
+            f"{memory.available:,.0f} bytes in memory>"
+        )
+
+    def _check(self) -> None:
+        """Assert every invariant, for tests."""
+        self._memory.check()
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    name = os.fspath(path)
+    if not name:
+        raise ValueError("path is empty: give the directory of the chest, or None")
+    return os.path.abspath(name)
+
+
+def _budget(available: float | None) -> float:
+    if available is None:
+        return DEFAULT_AVAILABLE_MEMORY
+    if math.isnan(available) or available < 0:
+        raise ValueError(f"available_memory is {available!r}: it has to be a number of bytes")
+    return available
+
+
+def _pairs(other: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(other, Mapping):
+        return other.items()
+    if hasattr(other, "keys"):
+        return ((key, other[key]) for key in other.keys())  # noqa: SIM118 -- not iterable itself
+    return ((key, value) for key, value in other)
+
+
+def _peek(mapping: Mapping[Any, Any], key: Any) -> Any:
+    """Return a value without pushing others out of memory, `_MISSING` if there is none."""
+    try:
+        if isinstance(mapping, Chest):
+            return mapping._memory.fetch(key, stream=True)
+        return mapping[key]
+    except KeyError:
+        return _MISSING

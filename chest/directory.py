@@ -1,0 +1,194 @@
+"""The value files of a chest: written once under a name nobody uses, read, and removed.
+
+A value is first written to a *staging* file, and gets its final name under the lock of the index.
+No file is ever written over, and only files that the index named are removed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from itertools import count
+
+from chest.errors import CorruptIndexError
+from chest.filenames import digest_name, is_safe_filename
+
+INDEX = ".keys"
+ABANDONED = 3600  # seconds after which the staging file of another process is nobody's
+NAME_BYTES = 240  # in UTF-8; leaves room for what makes a name unique
+TRIES = 9
+
+_is_staging = re.compile(r"\.new-[0-9a-f]{16}-[0-9]+").fullmatch
+
+
+class Directory:
+    """The files below one directory.
+
+    Parameters
+    ----------
+    path : str
+        Absolute.
+    namer : callable
+        Key to the file name it should have.
+    """
+
+    def __init__(self, path: str, namer: Callable[..., str]) -> None:
+        self.path = path
+        self.index = os.path.join(path, INDEX)
+        self._namer = namer
+        self._token = secrets.token_hex(8)
+        self._numbers = count()
+
+    def full_path(self, name: str) -> str:
+        """Return the path of the file that the index calls `name`.
+
+        Raises
+        ------
+        CorruptIndexError
+            If that is not a file of this directory.
+        """
+        if not is_safe_filename(name):
+            raise CorruptIndexError(self.index, f"it names a file {name!r} outside of the directory")
+        return os.path.join(self.path, name)
+
+    def staging_path(self) -> str:
+        """Return the path of a file that does not exist."""
+        return os.path.join(self.path, f".new-{self._token}-{next(self._numbers)}")
+
+    def name_for(self, key: object) -> str:
+        """Return the name that the file of `key` should have."""
+        name = self._namer(key)
+        if is_safe_filename(name) and len(name.rpartition("/")[2].encode()) <= NAME_BYTES:
+            return name
+        return digest_name(key)
+
+    def free_name(self, name: str, *taken: set[str]) -> str:
+        """Return `name`, or one like it that no file has on any system; needs the lock.
+
+        Parameters
+        ----------
+        name : str
+        *taken : set of str
+            Lower-case forms of names that are in use already.
+        """
+        folder, slash, last = name.rpartition("/")
+        if slash:
+            folder = self._make_folder(folder, *taken)
+        for suffix in _suffixes():
+            name = folder + slash + last + suffix
+            if not _is_in(name, taken) and not self._exists(name):
+                return name
+        raise AssertionError("there is always another suffix")
+
+    def _make_folder(self, name: str, *taken: set[str]) -> str:
+        parent, slash, last = name.rpartition("/")
+        if slash:
+            parent = self._make_folder(parent, *taken)
+        for suffix in _suffixes():
+            name = parent + slash + last + suffix
+            full = os.path.join(self.path, name)
+            if _is_in(name, taken):
+                continue
+            if not os.path.lexists(full):
+                os.mkdir(full, 0o700)
+            if os.path.isdir(full) and not os.path.islink(full):
+                return name
+        raise AssertionError("there is always another suffix")
+
+    def _exists(self, name: str) -> bool:
+        names = {name, name.lower()}
+        return any(os.path.lexists(os.path.join(self.path, name)) for name in names)
+
+    def place(self, staged: str, name: str) -> None:
+        """Give a staging file its final name."""
+        os.rename(staged, os.path.join(self.path, name))
+
+    def remove(self, names: Iterable[str]) -> list[str]:
+        """Remove files and the folders that they leave empty; return those that stay."""
+        return [name for name in names if not self._remove(name)]
+
+    def _remove(self, name: str) -> bool:
+        full = self.full_path(name)
+        try:
+            os.unlink(full)
+        except FileNotFoundError:
+            pass
+        except OSError:  # open elsewhere on Windows, or no longer ours to remove: tried again
+            return False
+        folder = os.path.dirname(full)
+        while folder != self.path and _remove_folder(folder):
+            folder = os.path.dirname(folder)
+        return True
+
+    def remove_staging(self, *, every: bool = False) -> None:
+        """Remove the staging files that others abandoned, or all of them."""
+        for name in filter(_is_staging, os.listdir(self.path)):
+            full = os.path.join(self.path, name)
+            if every or _age(full) > ABANDONED:
+                remove_quietly(full)
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Make sure that the names of these files survive a power cut."""
+        folders = {os.path.dirname(os.path.join(self.path, name)) for name in names}
+        for folder in {self.path, *folders}:
+            while folder.startswith(self.path):
+                sync_folder(folder)
+                folder = os.path.dirname(folder)
+
+
+def _suffixes() -> Iterable[str]:
+    yield ""
+    for n in range(1, TRIES):
+        yield f"~{n}"
+    while True:
+        yield f"~{secrets.token_hex(4)}"
+
+
+def _is_in(name: str, taken: Iterable[set[str]]) -> bool:
+    return any(name.lower() in names for names in taken)
+
+
+def _remove_folder(path: str) -> bool:
+    try:
+        os.rmdir(path)
+    except OSError:  # not empty
+        return False
+    return True
+
+
+def remove_quietly(path: str) -> None:
+    """Remove a file that may be gone already."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _age(path: str) -> float:
+    try:
+        return time.time() - os.stat(path).st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def sync_file(path: str) -> None:
+    """Make sure that the content of a file survives a power cut."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: str) -> None:
+    """Make sure that the names in a folder survive a power cut, where the system can."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,197 @@
+"""What can go wrong, one class each.
+
+Every class carries its data as attributes, survives pickling, and says in one line what
+happened, where, and what to do. ``ChestError`` is the base of all of them. On an open chest a
+missing key is a plain ``KeyError(key)``, and a disk that refuses is the ``OSError`` it gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+
+class ChestError(Exception):
+    """Base of every error that is chest's own."""
+
+
+class ChestClosedError(ChestError, ValueError):
+    """The chest was closed or dropped, and can no longer be used.
+
+    Parameters
+    ----------
+    path : str or None
+        The directory of the chest; None for a temporary chest that never wrote.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"the chest at {self.path} is closed: open it again with Chest(path=...)"
+
+
+class ReadOnlyError(ChestError, TypeError):
+    """Something was to be changed in a chest that is only read.
+
+    Parameters
+    ----------
+    path : str
+        The directory of the chest.
+    action : str
+        What was asked for.
+    """
+
+    def __init__(self, path: str, action: str) -> None:
+        super().__init__(path, action)
+        self.path = path
+        self.action = action
+
+    def __str__(self) -> str:
+        return (
+            f"cannot {self.action}: the chest at {self.path} is read-only; open it without "
+            "readonly=True, in a directory that may be written"
+        )
+
+
+class KeyTypeError(ChestError, TypeError):
+    """A key that this chest cannot store.
+
+    Raised when the key is set. A chest whose serializer is not pickle stores only keys that need
+    no class to be read: str, bytes, int, float, bool, None, and tuples and frozensets of such.
+
+    Parameters
+    ----------
+    key : hashable
+        The key.
+    reason : str
+        Why it cannot be stored.
+    """
+
+    def __init__(self, key: Hashable, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the key {self.key!r} of type {type(self.key).__name__} cannot be stored: {self.reason}"
+
+
+class CorruptIndexError(ChestError):
+    """The index of a chest cannot be believed.
+
+    Parameters
+    ----------
+    path : str
+        The index file.
+    reason : str
+        What is wrong with it.
+    recoverable : int
+        How many commits stand undamaged before the fault.
+    """
+
+    def __init__(self, path: str, reason: str, recoverable: int = 0) -> None:
+        super().__init__(path, reason, recoverable)
+        self.path = path
+        self.reason = reason
+        self.recoverable = recoverable
+
+    def __str__(self) -> str:
+        return (
+            f"the index {self.path} is damaged: {self.reason}; {self.recoverable} undamaged "
+            "frames precede it; nothing was changed, restore the file from a backup"
+        )
+
+
+class CorruptValueError(ChestError):
+    """A stored value is damaged or gone; every other value is as good as before.
+
+    Parameters
+    ----------
+    key : hashable
+        The key of the value.
+    path : str
+        The file that holds it.
+    reason : str
+        What is wrong with it.
+    """
+
+    def __init__(self, key: Hashable, path: str, reason: str) -> None:
+        super().__init__(key, path, reason)
+        self.key = key
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"the value of key {self.key!r} in {self.path} is damaged: {self.reason}; "
+            "set or delete the key to go on without it"
+        )
+
+
+class SerializerError(ChestError):
+    """An undamaged value that this chest's ``load`` cannot read.
+
+    Parameters
+    ----------
+    key : hashable
+        The key of the value.
+    path : str
+        The file that holds it.
+    reason : str
+        What ``load`` said.
+    serializer : str
+        The name of the serializer in use.
+    written_with : tuple of str
+        The names of the serializers that wrote to this chest.
+    """
+
+    def __init__(
+        self,
+        key: Hashable,
+        path: str,
+        reason: str,
+        serializer: str,
+        written_with: tuple[str, ...],
+    ) -> None:
+        super().__init__(key, path, reason, serializer, written_with)
+        self.key = key
+        self.path = path
+        self.reason = reason
+        self.serializer = serializer
+        self.written_with = written_with
+
+    def __str__(self) -> str:
+        writers = ", ".join(self.written_with) or "an unknown serializer"
+        return (
+            f"the value of key {self.key!r} in {self.path} is undamaged but cannot be loaded "
+            f"with {self.serializer} ({self.reason}): this chest was written with {writers}; "
+            "open it with the dump, load and open that wrote it"
+        )
+
+
+class UnsavedError(ChestError):
+    """Some values could not be written; they stay in memory as long as the chest is open.
+
+    Parameters
+    ----------
+    keys : list
+        Every key that could not be saved.
+    causes : list of exception
+        What prevented each, in the same order.
+    """
+
+    def __init__(self, keys: list[Any], causes: list[BaseException]) -> None:
+        super().__init__(keys, causes)
+        self.keys = keys
+        self.causes = causes
+
+    def __str__(self) -> str:
+        named = ", ".join(map(repr, self.keys[:10]))
+        more = f" and {len(self.keys) - 10} more" if len(self.keys) > 10 else ""
+        cause = self.causes[0]
+        return (
+            f"{len(self.keys)} of the values could not be saved: {named}{more}; the first because "
+            f"of {type(cause).__name__}: {cause}; replace or delete them and flush again"
+        )

@@ -1,0 +1,340 @@
+"""Key to entry: what the committed frames add up to, and what is not committed yet.
+
+A key leads to a row, and a row into columns, which are arrays of integers: about 120 bytes a key,
+its str included, and replaying a frame of new keys is one ``dict.update``. Rows are only ever
+added, so that who looks something up while frames come in finds the old state or the new one.
+
+Every key has a *serial*, its place in the order in which keys were first set. Frames come in the
+order in which values left memory; the serials bring the keys of a reopened chest into the order
+that its users know.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import pickle
+from array import array
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from chest.columns import Block, Entry, Frame, Keys, decode, encode
+
+UNSAVED = -1  # the row of a key whose value no commit holds
+FRAME_KEYS = 1 << 16
+
+logger = logging.getLogger("chest")
+
+
+class Ledger:
+    """All keys of a chest, with the entries of those that are stored.
+
+    Parameters
+    ----------
+    trusted : bool
+        Whether keys may be unpickled.
+
+    Attributes
+    ----------
+    rows : dict
+        Every key, in order, with its row or `UNSAVED`; replaced as a whole when cleared.
+    records : int
+        How many records the frames held; where it is far above ``len(rows)`` the log wants
+        compacting.
+    serializers : dict of str to (bool or None)
+        The serializers that wrote values, and whether each writes text.
+    obsolete : list of str
+        Files that the last commit made obsolete, and that may still be there.
+    folded : set of str
+        The lower-case forms of the names in use that have capital letters.
+    unreadable : dict of bytes to int
+        Keys that cannot be read here, as they were pickled, with their rows.
+    """
+
+    def __init__(self, trusted: bool) -> None:
+        self.trusted = trusted
+        self.rows: dict[Any, int] = {}
+        self.records = 0
+        self.serializers: dict[str, bool | None] = {}
+        self.obsolete: list[str] = []
+        self.folded: set[str] = set()
+        self.unreadable: dict[bytes, int] = {}
+        self._files: list[str] = []
+        self._places = array("Q")
+        self._lengths = array("Q")
+        self._digests = array("Q")
+        self._serials = array("Q")
+        self._next_serial = 0
+        self._in_order = True
+        self._new: dict[Any, int] = {}  # serials of the keys that are UNSAVED
+        self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
+        self._cleared: dict[Any, int] | None = None  # not committed yet: what `rows` was
+
+    # -- what the chest does ---------------------------------------------------------------------
+
+    def add(self, key: Hashable) -> None:
+        """Take in a key that is not there; at the end of the order."""
+        self._new[key] = self._next_serial
+        self._next_serial += 1
+        self.rows[key] = UNSAVED
+
+    def delete(self, key: Hashable) -> None:
+        """Delete `key`; the next commit will say so."""
+        row = self.rows.pop(key)
+        self._new.pop(key, None)
+        if row != UNSAVED:
+            self._deleted[key] = row
+
+    def clear(self) -> None:
+        """Delete every key; the next commit will say so in one word."""
+        if self._cleared is None:
+            self._cleared = self.rows
+        else:
+            self._delete_all(self.rows)
+        self.rows = {}
+        self._new = {}
+
+    def _delete_all(self, rows: dict[Any, int]) -> None:
+        self._deleted.update((key, row) for key, row in rows.items() if row != UNSAVED)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is a deletion that no commit has told yet."""
+        return bool(self._deleted or self._cleared)
+
+    def entry(self, row: int) -> Entry:
+        """Return where the value of a row lies."""
+        return Entry(self._files[row], self._places[row], self._lengths[row], self._digests[row])
+
+    def digest(self, key: Hashable) -> int:
+        """Return the digest of the stored value of `key`."""
+        return self._digests[self.rows[key]]
+
+    def stored(self) -> Iterator[tuple[Any, int]]:
+        """Yield the keys that a commit holds, with their rows."""
+        return ((key, row) for key, row in self.rows.items() if row != UNSAVED)
+
+    def files(self) -> set[str]:
+        """Return every file that the committed state names."""
+        rows = [row for _, row in self.stored()]
+        rows += [*self.unreadable.values(), *self._deleted.values()]
+        rows += [row for row in (self._cleared or {}).values() if row != UNSAVED]
+        return {self._files[row] for row in rows}
+
+    # -- commits ---------------------------------------------------------------------------------
+
+    def encode(
+        self, puts: dict[Any, Entry], serializer: tuple[str, bool | None], left: list[str]
+    ) -> list[bytes]:
+        """Return the payloads that record `puts` and every deletion that is pending."""
+        items = ((key, self._serial(key), entry) for key, entry in puts.items())
+        start = encode(
+            list(islice(items, FRAME_KEYS)),
+            first=True,
+            cleared=self._cleared is not None,
+            serializer=serializer,
+            left=left,
+            deleted=self._deleted,
+        )
+        return [start, *_encode_rest(items)]
+
+    def _serial(self, key: Hashable) -> int:
+        row = self.rows[key]
+        return self._new[key] if row == UNSAVED else self._serials[row]
+
+    def snapshot(self) -> list[bytes]:
+        """Return payloads that record the committed state alone, and nothing of the past."""
+        rows = {**dict(self.stored()), **self._deleted}
+        rows.update((key, row) for key, row in (self._cleared or {}).items() if row != UNSAVED)
+        items = ((key, self._serials[row], self.entry(row)) for key, row in rows.items())
+        names = [encode([], serializer=name) for name in self.serializers.items()]
+        return [encode([], first=True, left=self.obsolete), *names, *_encode_rest(items)]
+
+    def committed(self, payloads: Iterable[bytes]) -> None:
+        """Take in the payloads of the chest's own commit, made by `encode`."""
+        gone = [*self._deleted.values(), *(self._cleared or {}).values()]
+        if self._cleared is not None:
+            gone += self.unreadable.values()
+            self.unreadable = {}
+        self._deleted, self._cleared = {}, None
+        for frame in map(decode, payloads):
+            self._apply_head(frame)
+            self.records += len(frame.deleted.plain) + len(frame.deleted.pickled)
+            for block in frame.blocks:
+                self._put(block)
+        for row in gone:
+            self._retire(row)
+
+    def apply(self, payload: bytes) -> dict[Any, int]:
+        """Take in what another handle committed.
+
+        Returns
+        -------
+        dict
+            The keys that were stored here and are now replaced or deleted, with the digests of
+            the values they had. What is pending here stays so.
+
+        Raises
+        ------
+        FrameError
+            If the payload is not a frame's.
+        """
+        frame = decode(payload)
+        self._apply_head(frame)
+        changed = self._apply_clear() if frame.cleared else {}
+        if self._cleared is not None:  # from here on "everything" would be too much
+            self._delete_all(self._cleared)
+            self._cleared = None
+        deleted, unread = self._read_keys(frame.deleted)
+        for key in deleted:
+            self._retire(self._deleted.pop(key, UNSAVED))
+            if self.rows.get(key, UNSAVED) != UNSAVED:
+                changed[key] = self.rows.pop(key)
+                self._retire(changed[key])
+        for data in unread:
+            self._retire(self.unreadable.pop(data, UNSAVED))
+        self.records += len(deleted)
+        for block in frame.blocks:
+            for key, row in self._put(block).items():
+                if row != UNSAVED:
+                    changed.setdefault(key, row)
+        return {key: self._digests[row] for key, row in changed.items()}
+
+    def _apply_head(self, frame: Frame) -> None:
+        if frame.first:
+            self.obsolete = [*frame.left]
+        if frame.serializer is not None:
+            name, text = frame.serializer
+            self.serializers[name] = text
+
+    def _apply_clear(self) -> dict[Any, int]:
+        changed = dict(self.stored())
+        gone = [*changed.values(), *self._deleted.values(), *self.unreadable.values()]
+        gone += (self._cleared or {}).values()
+        for row in gone:
+            self._retire(row)
+        self._deleted, self._cleared, self.unreadable = {}, None, {}
+        self.rows = dict.fromkeys(self._new, UNSAVED)
+        return changed
+
+    def inherit(self, old: Ledger) -> dict[Any, int]:
+        """Take over what is pending in `old`, which knew the same chest from an older index.
+
+        Returns
+        -------
+        dict
+            As `apply` does.
+        """
+        changed = {}
+        for key, row in old.stored():
+            mine = self.rows.get(key, UNSAVED)
+            if mine == UNSAVED or self.entry(mine) != old.entry(row):
+                changed[key] = old.entry(row).digest
+        old._delete_all(old._cleared or {})
+        for key in self.rows.keys() & old._deleted.keys():
+            self.delete(key)
+        for key, serial in old._new.items():
+            if key not in self.rows:
+                self.rows[key] = UNSAVED
+                self._new[key] = serial
+                self._in_order = False
+        self._next_serial = max(self._next_serial, old._next_serial)
+        self.sort()
+        return changed
+
+    def _retire(self, row: int) -> None:
+        if row != UNSAVED:
+            name = self._files[row]
+            self.obsolete.append(name)
+            self.folded.discard(name.lower())
+
+    def _put(self, block: Block) -> dict[Any, int]:
+        """Add the rows of a block; return the keys that were there before, with their old rows."""
+        base = len(self._files)
+        self._note_order(block.serials)
+        self._note_capitals(block.files)
+        self._files += block.files
+        self._places += block.places
+        self._lengths += block.lengths
+        self._digests += block.digests
+        self._serials += block.serials
+        self.records += len(block.files)
+        keys, rows = self._block_keys(block, base)
+        replaced = {}
+        if not self.rows.keys().isdisjoint(keys):
+            replaced = {key: self.rows[key] for key in keys if key in self.rows}
+            for key, row in replaced.items():
+                self._new.pop(key, None)
+                self._retire(row)
+        self.rows.update(zip(keys, rows, strict=True))
+        for key in self._deleted.keys() & keys if self._deleted else ():  # deleted here, so it stays
+            self._retire(self._deleted[key])
+            self._deleted[key] = self.rows.pop(key)
+        return replaced
+
+    def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Iterable[int]]:
+        plain, pickled = block.keys
+        if not pickled:
+            return plain, range(base, base + len(plain))
+        rows = dict(zip(plain, range(base, base + len(plain)), strict=True))
+        for row, data in enumerate(pickled, base + len(plain)):
+            read, unread = self._read_keys(Keys([], [data]))
+            if unread:
+                self._retire(self.unreadable.get(data, UNSAVED))
+                self.unreadable[data] = row
+            else:
+                rows[read[0]] = row
+        return list(rows), rows.values()
+
+    def _read_keys(self, keys: Keys) -> tuple[list[Any], list[bytes]]:
+        """Return the keys that can be read, in order, and the pickles of those that cannot."""
+        known, unread = [*keys.plain], []
+        for data in keys.pickled:
+            try:
+                known.append(_load_key(data, self.trusted))
+            except Exception as error:  # whatever a class that changed or went can raise
+                unread.append(data)
+                if self.trusted and data not in self.unreadable:
+                    logger.warning("a key cannot be read, and is kept in the file: %r", error)
+        return known, unread
+
+    # -- order and names -------------------------------------------------------------------------
+
+    def _note_order(self, serials: array[int]) -> None:
+        rising = all(map(operator.lt, serials, islice(serials, 1, None)))
+        if not rising or serials[0] < self._next_serial:
+            self._in_order = False
+        self._next_serial = max(self._next_serial, max(serials) + 1)
+
+    def sort(self) -> None:
+        """Bring the keys into the order in which they were first set."""
+        if not self._in_order:
+            self.rows = dict(sorted(self.rows.items(), key=lambda item: self._serial(item[0])))
+            self._in_order = True
+
+    def _note_capitals(self, names: list[str]) -> None:
+        every = "/".join(names)
+        if every != every.lower():
+            self.folded.update(name.lower() for name in names if name != name.lower())
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        columns = (self._files, self._places, self._lengths, self._digests, self._serials)
+        assert len({*map(len, columns)}) == 1, "columns of different lengths"
+        assert self._new.keys() == {key for key, row in self.rows.items() if row == UNSAVED}
+        assert all(row < len(self._files) for row in self.rows.values())
+        assert not self._deleted.keys() & dict(self.stored()).keys(), "stored and deleted"
+
+
+def _load_key(data: bytes, trusted: bool) -> Hashable:
+    if not trusted:
+        raise TypeError("it is a pickle, and this chest reads none")
+    key: Hashable = pickle.loads(data)
+    hash(key)
+    return key
+
+
+def _encode_rest(items: Iterator[tuple[Any, int, Entry]]) -> Iterator[bytes]:
+    while batch := list(islice(items, FRAME_KEYS)):
+        yield encode(batch)

@@ -1,0 +1,711 @@
+"""The values in memory, and their way to the disk and back.
+
+A value is *resident* when it is in `inmem`; *dirty* when the disk does not hold it in this form;
+*left* when it has gone from `inmem` and is still alive, in somebody's hand or elsewhere: then it
+comes back as the same object, and its changes count.
+
+Writing happens under the lock, in the thread that overfills the chest: that is the back-pressure.
+Reading a value file does not hold the lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, NoReturn
+
+from chest.columns import Entry, is_plain
+from chest.directory import remove_quietly
+from chest.errors import (
+    ChestClosedError,
+    CorruptValueError,
+    KeyTypeError,
+    ReadOnlyError,
+    UnsavedError,
+)
+from chest.eviction import Eviction
+from chest.ledger import UNSAVED, Ledger
+from chest.serialize import Serializer, UndumpableError, changeable
+from chest.sizes import nbytes as default_nbytes
+from chest.store import Staged, Store
+
+logger = logging.getLogger("chest")
+
+SLACK = 16  # one part in so many of the budget is made free at a time
+WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
+HANDS = 32  # threads with a value in hand before those that ended are looked for
+LEFT = 1000  # weak references kept before dead ones are looked for
+
+
+class Closed:
+    """Stands in for the parts of a closed chest: whatever is asked of it raises."""
+
+    def __init__(self, path: str | None) -> None:
+        object.__setattr__(self, "_path", path)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ChestClosedError(object.__getattribute__(self, "_path"))
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise ChestClosedError(object.__getattribute__(self, "_path"))
+
+
+class Memory:
+    """What of a chest is in memory, what must leave, and when to commit.
+
+    Parameters
+    ----------
+    path : str or None
+        The directory; None for a temporary one, made when a value first leaves memory.
+    serializer : Serializer
+    namer : callable
+        Key to file name.
+    available : float
+        The budget, in bytes.
+    nbytes : callable
+        Value to bytes.
+    writeback : bool
+        Whether values may change without being set.
+    fsync, readonly : bool
+        As for `Store`.
+    on_miss, on_overflow : callable or None
+        Called with a key that is read from disk, or left memory.
+
+    Notes
+    -----
+    Every method takes the lock itself, but for those that say that they need it. `inmem`, `mark`,
+    `head` and `seen` may be used without it.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        serializer: Serializer,
+        namer: Callable[..., str],
+        *,
+        available: float,
+        nbytes: Callable[[Any], int],
+        writeback: bool,
+        fsync: bool,
+        readonly: bool,
+        on_miss: Callable[[Any], object] | None,
+        on_overflow: Callable[[Any], object] | None,
+    ) -> None:
+        self.lock = threading.RLock()
+        self.serializer = serializer
+        self.namer = namer
+        self.available = available
+        self.nbytes = nbytes
+        self.writeback = writeback
+        self.fsync = fsync
+        self.on_miss = on_miss
+        self.on_overflow = on_overflow
+        self.inmem: dict[Any, Any] = {}
+        self.dirty: dict[Any, None] = {}
+        self.eviction = Eviction()
+        self.mark = self.eviction.marks.add
+        self.head: Any = (0, 0)
+        self.seen = 0
+        self.readonly = readonly
+        self.closed = False
+        self.temporary = path is None
+        self.path = path
+        self.ledger = Ledger(serializer.trusts_pickle)
+        self._store: Store | None = None
+        self._pid = os.getpid()
+        self._hands: dict[int, tuple[Any, Any]] = {}
+        self._left: dict[Any, Callable[[], Any]] = {}
+        self._left_limit = LEFT
+        self._loading: dict[Any, int] = {}
+        self._loaded = threading.Condition(self.lock)
+        self._reported: set[Any] = set()
+        if path is not None:
+            self._open_store(path)
+
+    @property
+    def store(self) -> Store:
+        """What is on disk; a temporary directory is made now."""
+        return self._store or self._open_store(tempfile.mkdtemp(".chest"))
+
+    def _open_store(self, path: str) -> Store:
+        store = Store(path, self.serializer, self.namer, fsync=self.fsync, readonly=self.readonly)
+        store.ledger.inherit(self.ledger)
+        self.path, self._store, self.readonly = path, store, store.readonly
+        self._look(store)
+        return store
+
+    # -- other handles ---------------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Take in what another handle on the directory committed."""
+        with self.lock:
+            if self.head[1] != self.seen:
+                self._absorb(self.store.catch_up())
+
+    def _look(self, store: Store) -> None:
+        """Take over what `store` has new."""
+        self.ledger = store.ledger
+        self.head, self.seen = store.index.head, store.index.seen
+
+    def _absorb(self, changed: dict[Any, int]) -> None:
+        """Bring memory in line with keys that others replaced or deleted."""
+        self._look(self.store)
+        for key, digest in changed.items():
+            value = self._in_memory(key)
+            if key in self.dirty:
+                keep = True
+            elif value is None or not self._differs(value, digest):
+                keep = False
+            else:
+                keep = True
+                self._revive(key, value)
+            if keep and key not in self.ledger.rows:
+                self.ledger.add(key)
+            if not keep:
+                self._forget(key)
+
+    # -- values that come ------------------------------------------------------------------------
+
+    def set(self, key: Hashable, value: Any) -> None:
+        """Store a value, and make room if it takes too much."""
+        size = self.measure(value)
+        with self.lock:
+            self.begin("set a value")
+            self.put(key, value, size)
+            if size > self.available:
+                self._report(self._evict([key]))
+            else:
+                self.shrink()
+
+    def begin(self, action: str | None = None) -> None:
+        """Start an operation of this thread: settle its last one, and catch up; needs the lock.
+
+        Parameters
+        ----------
+        action : str or None
+            What is going to be changed.
+        """
+        if self.head[1] != self.seen:
+            self.catch_up()
+        if self.readonly and action is not None:
+            raise ReadOnlyError(str(self.path), action)
+        if self._hands:
+            self._settle()
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
+        if key not in self.ledger.rows:
+            if not self.serializer.trusts_pickle and not is_plain(key):
+                reason = f"a chest that uses {self.serializer.name} stores str, bytes, int, float, bool, None, and tuples and frozensets of them"
+                raise KeyTypeError(key, reason)
+            self.ledger.add(key)
+        uses = self.eviction.uses(key)
+        self.dirty[key] = None
+        self.inmem[key] = value
+        self.eviction.discard(key)
+        self.eviction.enroll(key, size, max(uses, 1))
+        if self._left:
+            self._left.pop(key, None)
+        if changeable(value):
+            self._hands[threading.get_ident()] = (key, value)
+
+    def fetch(self, key: Hashable, *, uses: int = 0, stream: bool = False) -> Any:
+        """Return the value of a key, from wherever it is.
+
+        Parameters
+        ----------
+        key : hashable
+        uses : int
+            How often it counts as used when it has to be read.
+        stream : bool
+            Make it resident only where nothing has to leave for it.
+
+        Raises
+        ------
+        KeyError
+            If there is no such key.
+        CorruptValueError, SerializerError
+        """
+        with self.lock:
+            self.begin()
+        while True:
+            entry = self._begin_load(key)
+            if not isinstance(entry, Entry):
+                return entry[0]
+            try:
+                value = self._load(key, entry)
+                size = self.measure(value)
+            finally:
+                self._end_load(key)
+            with self.lock:
+                row = self.ledger.rows.get(key, UNSAVED)
+                if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
+                    self._admit(key, value, size, uses, stream)
+                    return value
+
+    def _begin_load(self, key: Hashable) -> Entry | tuple[Any]:
+        """Return where to read the value from, or the value itself in a tuple."""
+        me = threading.get_ident()
+        with self.lock:
+            while True:
+                if key in self.inmem:
+                    self.mark(key)
+                    return (self.inmem[key],)
+                left = self._left.get(key)
+                if left is not None and (value := left()) is not None:
+                    self._admit(key, value, self.measure(value), 0, stream=False)
+                    return (value,)
+                row = self.ledger.rows.get(key)
+                if row is None:
+                    raise KeyError(key)
+                if self._loading.setdefault(key, me) == me:
+                    return self.ledger.entry(row)
+                self._loaded.wait()
+
+    def _load(self, key: Hashable, entry: Entry) -> Any:
+        if self.on_miss is not None:
+            self.on_miss(key)
+        try:
+            return self.store.read(key, entry)
+        except CorruptValueError:
+            with self.lock:
+                self.catch_up()
+                row = self.ledger.rows.get(key, UNSAVED)
+                if row != UNSAVED and self.ledger.entry(row) == entry:
+                    raise
+            return None  # another handle replaced it meanwhile: the caller looks again
+
+    def _end_load(self, key: Hashable) -> None:
+        with self.lock:
+            self._loading.pop(key, None)
+            self._loaded.notify_all()
+
+    def _admit(self, key: Hashable, value: Any, size: int, uses: int, stream: bool) -> None:
+        """Make a stored value resident if it may be, and put it in this thread's hand."""
+        room = self.available - self.eviction.total if stream else self.available
+        if size <= room:
+            self._left.pop(key, None)
+            self.inmem[key] = value
+            self.eviction.enroll(key, size, uses)
+            self._shrink_for_reading()
+        self._hold(key, value)
+
+    def offer(self, key: Hashable, entry: Entry, value: Any) -> None:
+        """Make a value resident that was read from `entry`, unless that is history."""
+        size = self.measure(value)
+        with self.lock:
+            row = self.ledger.rows.get(key, UNSAVED)
+            if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
+                self._admit(key, value, size, uses=1, stream=False)
+
+    def holds(self, key: Hashable, value: Any) -> bool:
+        """Tell whether `value` is the value of `key`, resident or left."""
+        return key in self.ledger.rows and self._in_memory(key) is value
+
+    def measure(self, value: Any) -> int:
+        """Return the size of a value in bytes; a size function that fails is told of once."""
+        try:
+            size = self.nbytes(value)
+            if type(size) is int and size >= 0:
+                return size
+            if math.isfinite(size) and size >= 0:
+                return int(size)
+            raise ValueError(f"{size!r} is no number of bytes")
+        except Exception as error:  # a size function may do anything; a set must not fail for it
+            self._say_once(("nbytes", type(value)), "the size of a %s is only estimated: %r", type(value).__name__, error)
+        if self.nbytes is default_nbytes:
+            return sys.getsizeof(value, 64)
+        try:
+            return default_nbytes(value)
+        except Exception:  # a sizer that was registered may do anything as well
+            return sys.getsizeof(value, 64)
+
+    # -- values in hand, and elsewhere ------------------------------------------------------------
+
+    def _hold(self, key: Hashable, value: Any) -> None:
+        """Put a value in this thread's hand, until its next operation here."""
+        resident = key in self.inmem
+        if resident and not changeable(value):
+            return
+        if len(self._hands) > HANDS:
+            self._settle_ended_threads()
+        self._hands[threading.get_ident()] = (key, value)
+        if not resident:
+            self._leave(key, value)
+
+    def _leave(self, key: Hashable, value: Any) -> None:
+        """Remember a value that is not resident, as long as it is alive."""
+        if type(value).__weakrefoffset__:
+            self._left[key] = weakref.ref(value)
+        elif any(held is value for _, held in self._hands.values()):
+            self._left[key] = lambda: value
+        if len(self._left) > self._left_limit:
+            self._left = {key: left for key, left in self._left.items() if left() is not None}
+            self._left_limit = max(LEFT, 2 * len(self._left))
+
+    def _settle(self) -> None:
+        """End the hold on this thread's last value."""
+        hand = self._hands.pop(threading.get_ident(), None)
+        if hand is not None:
+            self._settle_hand(*hand)
+
+    def _settle_hand(self, key: Hashable, value: Any) -> None:
+        left = self._left.get(key)
+        if left is None or left() is not value:
+            return  # resident, or replaced, or deleted
+        if not isinstance(left, weakref.ref):
+            if any(held is value for _, held in self._hands.values()):
+                return
+            del self._left[key]
+        if self._differs(value, self.ledger.digest(key)):
+            self._revive(key, value)
+            self._shrink_for_reading()
+
+    def _settle_ended_threads(self) -> None:
+        for ident in self._hands.keys() - sys._current_frames().keys():
+            self._settle_hand(*self._hands.pop(ident))
+
+    def _revive(self, key: Hashable, value: Any) -> None:
+        """Make a value that changed in place resident and dirty."""
+        self.dirty[key] = None
+        if key not in self.inmem:
+            self._left.pop(key, None)
+            self.inmem[key] = value
+            self.eviction.enroll(key, self.measure(value))
+
+    def _revive_changed(self) -> None:
+        """Find every value that changed in place, in memory and alive elsewhere."""
+        for key in [key for key in self.inmem if key not in self.dirty]:
+            self._must_write(key)
+        for key, left in list(self._left.items()):
+            value = left()
+            if value is None:
+                self._left.pop(key, None)
+            elif self._differs(value, self.ledger.digest(key)):
+                self._revive(key, value)
+
+    def _in_memory(self, key: Hashable) -> Any:
+        if key in self.inmem:
+            return self.inmem[key]
+        left = self._left.get(key)
+        return None if left is None else left()
+
+    def _differs(self, value: Any, digest: int) -> bool:
+        """Tell whether a clean value is not what was stored with `digest`."""
+        if not self.writeback or self.readonly or not changeable(value):
+            return False
+        size = self.measure(value)
+        try:
+            now = self.serializer.digest(value, size)
+            if now is None:
+                staged = self.store.stage(value, size)
+                os.unlink(staged.path)
+                now = staged.digest
+        except (UndumpableError, OSError):
+            return True  # who writes it will be told
+        return now != digest
+
+    def _must_write(self, key: Hashable) -> bool:
+        if key in self.dirty:
+            return True
+        changed = self._differs(self.inmem[key], self.ledger.digest(key))
+        if changed:
+            self.dirty[key] = None
+        return changed
+
+    # -- values that go --------------------------------------------------------------------------
+
+    def delete(self, key: Hashable) -> None:
+        """Delete a key without reading its value; needs the lock."""
+        self.ledger.delete(key)
+        self._forget(key)
+
+    def _forget(self, key: Hashable) -> None:
+        self.dirty.pop(key, None)
+        self.inmem.pop(key, None)
+        self.eviction.discard(key)
+        self._left.pop(key, None)
+
+    def clear(self) -> None:
+        """Delete every key without reading a value; needs the lock."""
+        self.ledger.clear()
+        self.dirty, self.inmem, self._left, self._hands = {}, {}, {}, {}
+        self.eviction = Eviction()
+        self.mark = self.eviction.marks.add
+
+    def shrink(self) -> None:
+        """Spill until the values in memory take no more than the budget.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses; what could not be written stays in memory.
+        """
+        with self.lock:
+            while self.eviction.total > self.available:
+                keys = self._choose()
+                if not keys:
+                    return
+                self._report(self._evict(keys))
+
+    def _shrink_for_reading(self) -> None:
+        """Make room as far as the disk lets us: a read never fails for the lack of it."""
+        try:
+            self.shrink()
+        except OSError as error:
+            self._say_once(("disk", error.errno), "values stay in memory: %s", error)
+
+    def _choose(self) -> list[Any]:
+        """Return the keys that should leave next, for some slack more than must be."""
+        chosen: list[Any] = []
+        over = self.eviction.total - self.available
+        slack = self.available / SLACK
+        freed = written = 0
+        while freed < over or (freed < over + slack and written < WRITE_STEP):
+            keys = self.eviction.cheapest()
+            if not keys:
+                break
+            chosen += keys
+            for key in keys:
+                size = self.eviction.size(key)
+                freed += size
+                if key in self.dirty:
+                    written += size
+        return chosen
+
+    def _evict(self, keys: list[Any]) -> dict[Any, Exception]:
+        """Let resident values go; return those that cannot be written, which stay."""
+        try:
+            unsaved = self._save([key for key in keys if self._must_write(key)], stop=True)
+        except BaseException:
+            self.eviction.stay(key for key in keys if key in self.eviction)
+            raise
+        for key in keys:
+            if key in unsaved:
+                self.eviction.set_aside(key, self.eviction.discard(key))
+            elif key in self.inmem and key not in self.dirty:
+                value = self.inmem.pop(key)
+                self.eviction.discard(key)
+                self._leave(key, value)
+            elif key in self.inmem:
+                self.eviction.stay([key])
+        if self.on_overflow is not None:
+            for key in keys:
+                if key not in unsaved:
+                    self.on_overflow(key)
+        return unsaved
+
+    def move_to_disk(self, key: Hashable) -> None:
+        """Write a value if need be, and let it go from memory.
+
+        Raises
+        ------
+        KeyError
+            If there is no such key.
+        UnsavedError
+            If it cannot be written.
+        OSError
+            If the disk refuses.
+        """
+        with self.lock:
+            self.begin()
+            if key not in self.ledger.rows:
+                raise KeyError(key)
+            if key in self.inmem:
+                unsaved = self._evict([key])
+                if unsaved:
+                    raise UnsavedError([*unsaved], [*unsaved.values()])
+
+    def flush(self) -> None:
+        """Write every value that the disk does not hold, and commit; values stay in memory.
+
+        Raises
+        ------
+        UnsavedError
+            Naming every key that could not be saved; all others are.
+        """
+        with self.lock:
+            self.begin()
+            if self.readonly:
+                return
+            self._settle_ended_threads()
+            self._revive_changed()
+            unsaved = self._save([*self.dirty], stop=False)
+            for key in self.eviction.aside():
+                if key not in unsaved:
+                    self.eviction.stay([key])
+            self.shrink()
+            if unsaved:
+                raise UnsavedError([*unsaved], [*unsaved.values()])
+
+    def commit_deletions(self) -> None:
+        """Commit what was deleted, without writing a value."""
+        with self.lock:
+            self.begin("write the index")
+            self._commit({}, {})
+
+    def _save(self, keys: list[Any], *, stop: bool) -> dict[Any, Exception]:
+        """Write values and commit; return those that cannot be written, with the reasons.
+
+        With `stop`, the first refusal of the disk is raised and nothing is committed; without it
+        it counts as a reason like others.
+        """
+        staged: dict[Any, Staged] = {}
+        values: dict[Any, Any] = {}
+        unsaved: dict[Any, Exception] = {}
+        try:
+            for key in keys:
+                try:
+                    values[key] = self.inmem[key]
+                    staged[key] = self._stage(key, values[key])
+                except UndumpableError as error:
+                    unsaved[key] = error.cause
+                except OSError as error:
+                    if stop:
+                        raise
+                    unsaved[key] = error
+            try:
+                self._commit(staged, values)
+            except OSError as error:
+                if stop or not staged:
+                    raise
+                unsaved.update(dict.fromkeys(staged, error))
+        finally:
+            for key, value in staged.items():
+                if key in unsaved or key in self.dirty:
+                    remove_quietly(value.path)
+        return unsaved
+
+    def _stage(self, key: Hashable, value: Any) -> Staged:
+        if not is_plain(key):
+            try:
+                pickle.dumps(key, 5)
+            except Exception as error:
+                raise UndumpableError(KeyTypeError(key, f"its pickle fails: {error}")) from error
+        return self.store.stage(value, self.eviction.size(key))
+
+    def _commit(self, staged: dict[Any, Staged], values: dict[Any, Any]) -> None:
+        """Publish staged values, and what was deleted."""
+        if not staged and not self.ledger.pending:
+            return
+        store = self.store
+        with store.writing() as changed:
+            self._absorb(changed)
+            for key in list(staged):
+                if key not in self.dirty or self.inmem.get(key) is not values[key]:
+                    remove_quietly(staged.pop(key).path)  # a hook replaced or deleted it meanwhile
+            store.commit(staged)
+            self._look(store)
+            for key in staged:
+                del self.dirty[key]
+        logger.debug("committed %d values to %s", len(staged), self.path)
+
+    def adopt(self, staged: dict[Any, Staged]) -> None:
+        """Publish files that are not from values in memory, in place of what the keys held."""
+        with self.lock:
+            store = self.store
+            added: list[Any] = []
+            try:
+                with store.writing() as changed:
+                    self._absorb(changed)
+                    for key in staged:
+                        if key not in self.ledger.rows:
+                            self.ledger.add(key)
+                            added.append(key)
+                    store.commit(staged)
+                    self._look(store)
+            except BaseException:
+                for key in added:
+                    if self.ledger.rows.get(key) == UNSAVED:
+                        self.ledger.delete(key)
+                raise
+            for key in staged:
+                self._forget(key)
+
+    # -- telling ---------------------------------------------------------------------------------
+
+    def _report(self, unsaved: dict[Any, Exception]) -> None:
+        for key, error in unsaved.items():
+            kinds = (type(self.inmem.get(key)), type(error))
+            self._say_once(kinds, "the value of key %r stays in memory, it cannot be written: %r", key, error)
+
+    def _say_once(self, what: Hashable, message: str, *args: object) -> None:
+        level = logging.DEBUG if what in self._reported else logging.WARNING
+        self._reported.add(what)
+        logger.log(level, message, *args)
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Save what is not saved, or remove a temporary directory; then let go of everything.
+
+        Raises
+        ------
+        UnsavedError
+            Naming every key that could not be saved; the chest stays open.
+        """
+        with self.lock:
+            if self.closed:
+                return
+            if self.temporary:
+                self.drop()
+            else:
+                self.flush()
+                self._end()
+
+    def drop(self) -> None:
+        """Remove the directory, but for files of others; then let go of everything."""
+        with self.lock:
+            if self.closed:
+                raise ChestClosedError(self.path)
+            if self.readonly:
+                raise ReadOnlyError(str(self.path), "drop the chest")
+            if self._store is not None and self._pid == os.getpid():
+                self._store.drop()
+            self._end()
+
+    def finish(self) -> None:
+        """Close when nobody can be told any more: at the end of the chest or of the program."""
+        if self.closed:
+            return
+        if self._pid != os.getpid():  # a forked child: its parent's values are not its own
+            self._end()
+            return
+        try:
+            self.close()
+        except Exception as error:  # nobody is left to catch it, so it is said
+            logger.error("the chest at %s could not be closed: %s", self.path, error)
+            self._end()
+
+    def _end(self) -> None:
+        self.closed = True
+        if self._store is not None:
+            self._store.close()
+        self.head, self.seen = (0, 0), 0
+        closed: Any = Closed(self.path)
+        self.inmem = self.ledger = self.eviction = self.mark = closed
+        self.dirty, self._left, self._hands = {}, {}, {}
+
+    # -- for tests -------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Assert every invariant."""
+        with self.lock:
+            rows = self.ledger.rows
+            self.eviction.check(self.inmem)
+            assert self.dirty.keys() <= self.inmem.keys(), "a dirty value is not resident"
+            assert self.inmem.keys() <= rows.keys(), "a resident value has no key"
+            unsaved = {key for key, row in rows.items() if row == UNSAVED}
+            assert unsaved <= self.dirty.keys(), "a value is nowhere"
+            assert not self._left.keys() & self.inmem.keys(), "a resident value has left"
+            assert self._left.keys() <= rows.keys(), "a deleted value has left"
+            self.ledger.check()
+            if self._store is not None:
+                self._store.check()

@@ -1,0 +1,459 @@
+"""Values to streams and back.
+
+A serializer is a pair ``dump(obj, file)`` and ``load(file)`` with the ``open`` that makes the
+files. What ``dump`` writes, text or binary, is the *stream*; its xxh3_64 digest tells whether a
+file still holds what was written, and whether a value changed since.
+
+``open`` is always asked for a binary file. Text is encoded as UTF-8 here, so that one digest
+serves both, and nobody has to say which of the two a serializer writes.
+
+Nothing but the chest's ``load`` ever looks into a stream: with a ``load`` that is not pickle's,
+no pickle is read.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import functools
+import io
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import IO, Any
+
+import xxhash
+
+STEP = 1 << 20  # bytes hashed and written at a time: they stay in the processor's cache
+SMALL = 64 * 1024  # bytes; below, a stream is made and read in one piece
+UNKNOWN = 2**64 - 1  # the length of a stream that an old chest wrote without a digest
+
+Dump = Callable[[Any, IO[Any]], object]
+Load = Callable[[IO[Any]], Any]
+Open = Callable[..., IO[Any]]
+
+digest_bytes = xxhash.xxh3_64_intdigest
+
+_PICKLE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib"}
+_DISK_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EFBIG,
+}
+_ATOMS = {
+    str,
+    bytes,
+    int,
+    float,
+    bool,
+    complex,
+    type(None),
+    type(...),
+    type(NotImplemented),
+    range,
+    Decimal,
+    Fraction,
+}
+
+
+class DamagedError(Exception):
+    """A stream is not the one that was written; the caller knows of which key."""
+
+
+class UnloadableError(Exception):
+    """A stream is the one that was written, and ``load`` refuses it."""
+
+
+def dump_pickle(obj: object, file: IO[bytes]) -> None:
+    """Dump `obj` as a pickle of protocol 5, the default of every chest."""
+    pickle.dump(obj, file, protocol=5)
+
+
+def changeable(value: object) -> bool:
+    """Tell whether `value` could change without being assigned anew.
+
+    Examples
+    --------
+    >>> changeable([1]), changeable((1, "a")), changeable((1, []))
+    (True, False, True)
+    """
+    kind = type(value)
+    if kind in _ATOMS:
+        return False
+    if kind is tuple or kind is frozenset:
+        try:
+            return any(map(changeable, value))  # type: ignore[call-overload]
+        except RecursionError:
+            return True
+    return not _is_frozen_array(value)
+
+
+def _is_frozen_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return False
+    if isinstance(value, numpy.generic):
+        return not isinstance(value, numpy.void)
+    while type(value) is numpy.ndarray:
+        if value.flags.writeable or value.dtype.hasobject:
+            return False
+        value = value.base
+    return value is None or type(value) is bytes
+
+
+class _Hashing:
+    """What ``dump`` writes to: hashes, and passes on to a file if there is one.
+
+    A ``dump`` that uses more of the file than ``write`` (its name, a seek) goes past the hash;
+    then `bypassed` is set and the stream has to be read again for its digest.
+    """
+
+    def __init__(self, file: IO[bytes] | None) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_64()
+        self.length = 0
+        self.text: bool | None = None
+        self.bypassed = False
+        self.refused: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write bytes, or text as UTF-8; return how many of them, as files do."""
+        if isinstance(data, str):
+            self.text = True
+            written = len(data)
+            view = memoryview(data.encode("utf-8", "surrogatepass"))
+        else:
+            self.text = self.text or False
+            view = memoryview(data).cast("B")
+            written = view.nbytes
+        for start in range(0, view.nbytes, STEP):
+            step = view[start : start + STEP]
+            self._hash.update(step)
+            self._pass_on(step)
+        self.length += view.nbytes
+        return written
+
+    def _pass_on(self, step: memoryview) -> None:
+        try:
+            while self._file is not None and step.nbytes:
+                step = step[self._file.write(step) :]
+        except OSError as refused:
+            self.refused = refused
+            raise
+
+    def flush(self) -> None:
+        """Do nothing: the file is flushed when it is closed."""
+
+    def digest(self) -> int:
+        """Return the digest of what was written."""
+        return self._hash.intdigest()
+
+    def __getattr__(self, name: str) -> Any:
+        self.bypassed = True
+        return getattr(self._file, name)
+
+
+class _Verifying:
+    """What ``pickle.load`` reads from: hashes what passes through."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_64()
+        self.length = 0
+
+    def _passed(self, data: Any, length: int) -> None:
+        self._hash.update(data)
+        self.length += length
+
+    def read(self, size: int = -1) -> bytes:
+        """Read up to `size` bytes."""
+        data = self._file.read(size)
+        self._passed(data, len(data))
+        return data
+
+    def readline(self) -> bytes:
+        """Read one line."""
+        data = self._file.readline()
+        self._passed(data, len(data))
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer`, as far as the file goes; return how many bytes were read."""
+        view = memoryview(buffer).cast("B")
+        start = 0
+        while start < view.nbytes:
+            step = view[start : start + STEP]
+            n = self._file.readinto(step)  # type: ignore[attr-defined]
+            if not n:
+                break
+            self._passed(step[:n], n)
+            start += n
+        return start
+
+    def finish(self) -> tuple[int, int]:
+        """Read to the end; return the length and the digest of the whole stream."""
+        while self.read(STEP):
+            pass
+        return self.length, self._hash.intdigest()
+
+
+def _unwrap(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _name(function: Any) -> str:
+    function = _unwrap(function)
+    module = getattr(function, "__module__", None) or type(function).__module__
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{module.removeprefix('_')}.{name}"
+
+
+class Serializer:
+    """Write values to files and read them back, with their digests.
+
+    Parameters
+    ----------
+    dump, load : callable
+        ``dump(obj, file)`` and ``load(file)``.
+    open : callable
+        ``open(path, mode=...)``; asked for ``'wb'`` and ``'rb'``.
+    mode : {'t', 'b', None}
+        Whether ``load`` gets a text or a binary file; None finds out by what ``dump`` writes.
+
+    Attributes
+    ----------
+    name : str
+        Recorded in the index, and told when a value cannot be loaded.
+    text : bool or None
+        Whether ``load`` gets a text file; None as long as nobody knows.
+    trusts_pickle : bool
+        Whether ``load`` is pickle's or one that runs pickles too, so that keys may be pickles.
+    """
+
+    def __init__(self, dump: Dump, load: Load, open: Open, mode: str | None) -> None:
+        self.dump = dump
+        self.load = load
+        self.open = open
+        self.text = None if mode is None else "t" in mode
+        self.name = "pickle" if dump is dump_pickle else _name(dump)
+        loader = _unwrap(load)
+        module = getattr(loader, "__module__", None) or ""
+        self.trusts_pickle = module.partition(".")[0] in _PICKLE_MODULES
+        self._streams = loader is pickle.load  # reads front to back, never by name
+        self._plain = self._streams and load is pickle.load and dump is dump_pickle
+        self._direct = self._plain and open is builtins.open
+
+    def write(self, value: object, path: str, size: int) -> tuple[int, int]:
+        """Write `value` to the new file `path`; return its stream's length and digest.
+
+        Parameters
+        ----------
+        value : object
+        path : str
+            The file must not exist; one that could not be finished is left to the caller.
+        size : int
+            About how many bytes the value takes.
+
+        Raises
+        ------
+        OSError
+            If the disk refused.
+        Exception
+            Whatever ``dump`` raised, wrapped in `UndumpableError`.
+        """
+        if self._direct and size < SMALL:
+            data = _guarded(pickle.dumps, value, 5)
+            _write_new(path, data)
+            return len(data), digest_bytes(data)
+        with self._create(path) as file:
+            sink = _Hashing(file)
+            self._dump_into(sink, value)
+        if sink.bypassed:
+            return self.measure(path)
+        return sink.length, sink.digest()
+
+    def _create(self, path: str) -> IO[Any]:
+        if self._direct:
+            return builtins.open(path, "xb", buffering=0)
+        return self.open(path, mode="wb")
+
+    def _dump_into(self, sink: _Hashing, value: object) -> None:
+        try:
+            self.dump(value, sink)  # type: ignore[arg-type]
+        except Exception as error:
+            if error is sink.refused or (sink.bypassed and _is_disk_error(error)):
+                raise
+            if sink.refused is not None:
+                raise sink.refused from error
+            raise UndumpableError(error) from error
+        if self.text is None:
+            self.text = sink.text
+
+    def digest(self, value: object, size: int) -> int | None:
+        """Return the digest that `value` would be written with; None if only writing tells."""
+        if not self._plain:
+            return None
+        if size < SMALL:
+            return digest_bytes(_guarded(pickle.dumps, value, 5))
+        sink = _Hashing(None)
+        self._dump_into(sink, value)
+        return sink.digest()
+
+    def measure(self, path: str) -> tuple[int, int]:
+        """Return the length and the digest of the stream that `path` holds."""
+        with self.open(path, mode="rb") as file:
+            return _Verifying(file).finish()
+
+    def read(self, path: str, length: int, digest: int) -> Any:
+        """Load the value that `path` holds.
+
+        Raises
+        ------
+        DamagedError
+            If the stream is not the one of that length and digest.
+        UnloadableError
+            If it is, and ``load`` raises.
+        OSError
+            If the file cannot be read.
+        """
+        if self._direct and length < SMALL:
+            data = _read_small(path, length)
+            if len(data) != length or digest_bytes(data) != digest:
+                raise DamagedError(_difference(length, len(data)))
+            return _loaded(pickle.loads, data)
+        with self.open(path, mode="rb") as file:
+            return self.read_from(file, length, digest)
+
+    def read_from(self, file: IO[Any], length: int, digest: int) -> Any:
+        """Load the value from an open binary file, at its start; raises as `read` does."""
+        if length == UNKNOWN:
+            return _loaded(self._load_unrecorded, file)
+        return (self._stream_from if self._streams else self._verify_first)(file, length, digest)
+
+    def _stream_from(self, file: IO[Any], length: int, digest: int) -> Any:
+        source = _Verifying(file)
+        value = error = None
+        try:
+            value = self.load(source)  # type: ignore[arg-type]
+        except Exception as raised:
+            error = raised
+        _check(source, length, digest, error)
+        if error is not None:
+            raise _unloadable(error) from error
+        return value
+
+    def _verify_first(self, file: IO[Any], length: int, digest: int) -> Any:
+        _check(_Verifying(file), length, digest, None)
+        file.seek(0)
+        return _loaded(self._load_unrecorded if self.text is None else self._load_from, file)
+
+    def _load_from(self, file: IO[Any]) -> Any:
+        if not self.text:
+            return self.load(file)
+        wrapper = io.TextIOWrapper(file, "utf-8", "surrogatepass", newline="")
+        try:
+            return self.load(wrapper)
+        finally:
+            if not file.closed:
+                wrapper.detach()
+
+    def _load_unrecorded(self, file: IO[Any]) -> Any:
+        """Load a stream of which nobody recorded whether it is text."""
+        if self.text is not None or self.trusts_pickle:
+            return self._load_from(file)
+        try:
+            return self.load(file)
+        except Exception:  # a text loader says in many ways that it got bytes
+            self.text = True
+            file.seek(0)
+            try:
+                return self._load_from(file)
+            except Exception:
+                self.text = None
+                raise
+
+
+class UndumpableError(Exception):
+    """``dump`` refuses a value; `cause` is what it raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+def _guarded(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:
+        raise UndumpableError(error) from error
+
+
+def _loaded(function: Callable[[Any], Any], source: Any) -> Any:
+    try:
+        return function(source)
+    except Exception as error:
+        raise _unloadable(error) from error
+
+
+def _unloadable(error: Exception) -> Exception:
+    return error if isinstance(error, MemoryError) else UnloadableError(_said(error))
+
+
+def _check(source: _Verifying, length: int, digest: int, error: Exception | None) -> None:
+    try:
+        found = source.finish()
+    except Exception as damage:  # each decompressor has an error of its own for damaged files
+        if isinstance(damage, OSError) and damage.errno is not None:
+            raise
+        raise DamagedError(_said(damage)) from damage
+    if found != (length, digest):
+        raise DamagedError(_difference(length, found[0])) from error
+
+
+def _difference(expected: int, found: int) -> str:
+    if expected != found:
+        return f"it has {found} bytes where {expected} were written"
+    return "its bytes are not those that were written"
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_disk_error(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in _DISK_ERRNOS
+
+
+def _write_new(path: str, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    fd = os.open(path, flags, 0o666)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+    finally:
+        os.close(fd)
+
+
+def _read_small(path: str, length: int) -> bytes:
+    """Read a file that should have `length` bytes, and one more to see that it has no more."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        data = os.read(fd, length + 1)
+        while 0 < len(data) < length:
+            more = os.read(fd, length + 1 - len(data))
+            if not more:
+                break
+            data += more
+        return data
+    finally:
+        os.close(fd)

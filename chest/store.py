@@ -1,0 +1,375 @@
+"""A chest's directory: the index, the ledger of what it says, and the value files.
+
+The order of a commit is what makes it all or nothing: new files first, the index next, old files
+last.
+
+1. Values are staged: written to files that no index names.
+2. Under the lock of the index, a frame that names their final names is appended beyond the
+   committed length, and they are renamed.
+3. The committed length is raised. That is the commit.
+4. The files that it made obsolete are removed, still under the lock, so that nobody can have taken
+   one of their names.
+
+A crash before 3 leaves a frame beyond the committed length that names exactly the files to remove;
+a crash after it leaves files of which the last commit tells that they are obsolete. Whoever next
+takes the lock to write removes either.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from chest.columns import Entry, FrameError, encode, named_files
+from chest.directory import Directory, remove_quietly, sync_file
+from chest.errors import CorruptIndexError, CorruptValueError, SerializerError
+from chest.index import Index, write_log
+from chest.ledger import Ledger
+from chest.old import read_old_index
+from chest.serialize import UNKNOWN, DamagedError, Serializer, UnloadableError
+
+logger = logging.getLogger("chest")
+
+COMPACT_RECORDS = 1000  # a log of fewer dead records is not worth a new one
+
+
+class Staged(NamedTuple):
+    """A value in a file that no index names yet."""
+
+    path: str
+    length: int
+    digest: int
+
+
+class Store:
+    """What a chest has on disk.
+
+    Parameters
+    ----------
+    path : str
+        The directory, absolute; made if it does not exist.
+    serializer : Serializer
+    namer : callable
+        Key to file name.
+    fsync : bool
+        Whether each commit survives a power cut.
+    readonly : bool
+        Write nothing.
+
+    Raises
+    ------
+    OSError
+        If the directory cannot be made, or is none, or holds no chest and may not be written.
+    CorruptIndexError
+        If its index cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        serializer: Serializer,
+        namer: Callable[..., str],
+        *,
+        fsync: bool,
+        readonly: bool,
+    ) -> None:
+        self.serializer = serializer
+        self.directory = Directory(path, namer)
+        self._fsync = fsync
+        self._swept_staging = False
+        self._compact_from = COMPACT_RECORDS
+        if not readonly:
+            os.makedirs(path, 0o700, exist_ok=True)
+        self.readonly = readonly or not self._make_writable()
+        self.index = Index(self.directory.index, readonly=self.readonly, fsync=fsync)
+        self.ledger = Ledger(serializer.trusts_pickle)
+        self.catch_up()
+
+    def _make_writable(self) -> bool:
+        """Make the index if there is none; tell whether it and the directory can be written."""
+        if not os.path.lexists(self.directory.index):
+            staged = self.directory.staging_path()
+            try:
+                write_log(staged, [], fsync=self._fsync)
+                _link_or_rename(staged, self.directory.index)
+            finally:
+                remove_quietly(staged)
+            return True
+        return os.access(self.directory.path, os.W_OK) and os.access(self.directory.index, os.W_OK)
+
+    def close(self) -> None:
+        """Let go of the index."""
+        self.index.close()
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def catch_up(self) -> dict[Any, int]:
+        """Take in what others committed.
+
+        Returns
+        -------
+        dict
+            The keys that were stored and are now replaced or deleted, with their old digests.
+
+        Raises
+        ------
+        CorruptIndexError
+        """
+        anew, payloads = self.index.refresh()
+        try:
+            changed = self._apply_anew(payloads) if anew else self._apply(payloads)
+        except FrameError as error:
+            self.index.rewind()
+            raise CorruptIndexError(self.index.path, str(error)) from error
+        if self.serializer.text is None:
+            self.serializer.text = self.ledger.serializers.get(self.serializer.name)
+        return changed
+
+    def _apply(self, payloads: list[bytes]) -> dict[Any, int]:
+        changed: dict[Any, int] = {}
+        for payload in payloads:
+            changed = self.ledger.apply(payload) | changed
+        return changed
+
+    def _apply_anew(self, payloads: list[bytes]) -> dict[Any, int]:
+        if self.index.foreign:
+            payloads = [read_old_index(self.index.path, self.serializer)]
+        ledger = Ledger(self.serializer.trusts_pickle)
+        for payload in payloads:
+            ledger.apply(payload)
+        changed = ledger.inherit(self.ledger)
+        self.ledger = ledger
+        return changed
+
+    def path_of(self, key: Any, row: int) -> str:
+        """Return the path of the file that holds the value of a stored key."""
+        return self.directory.full_path(self.ledger.entry(row).file)
+
+    def read(self, key: Any, entry: Entry, file: Any = None) -> Any:
+        """Load a value, from `file` if it is open already.
+
+        Raises
+        ------
+        CorruptValueError
+            If the file is gone or not as written.
+        SerializerError
+            If it is as written, and cannot be loaded.
+        OSError
+            If the system refuses.
+        """
+        path = self.directory.full_path(entry.file)
+        try:
+            if file is not None:
+                return self.serializer.read_from(file, entry.length, entry.digest)
+            return self.serializer.read(path, entry.length, entry.digest)
+        except UnloadableError as error:
+            names = tuple(self.ledger.serializers)
+            raise SerializerError(key, path, str(error), self.serializer.name, names) from error
+        except DamagedError as error:
+            raise CorruptValueError(key, path, str(error)) from error
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise CorruptValueError(key, path, "the file is gone") from error
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def stage(self, value: object, size: int) -> Staged:
+        """Write a value of about `size` bytes where `commit` can take it from.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses, told with path, needed and free bytes.
+        UndumpableError
+            If ``dump`` does.
+        """
+        path = self.directory.staging_path()
+        try:
+            length, digest = self.serializer.write(value, path, size)
+            if self._fsync:
+                sync_file(path)
+        except OSError as error:
+            remove_quietly(path)
+            raise told(error, self.directory.path, size) from error
+        except BaseException:
+            remove_quietly(path)
+            raise
+        return Staged(path, length, digest)
+
+    def stage_link(self, other: Store, entry: Entry) -> Staged:
+        """Stage a value that another store holds, by a hard link where the system can.
+
+        Raises
+        ------
+        OSError
+            If it can neither be linked nor copied.
+        """
+        source = other.directory.full_path(entry.file)
+        path = self.directory.staging_path()
+        try:
+            os.link(source, path)
+        except OSError:
+            try:
+                shutil.copyfile(source, path)
+            except BaseException:
+                remove_quietly(path)
+                raise
+        if entry.length == UNKNOWN:
+            return Staged(path, *self.serializer.measure(path))
+        return Staged(path, entry.length, entry.digest)
+
+    @contextmanager
+    def writing(self) -> Iterator[dict[Any, int]]:
+        """Hold the lock, and give what others changed before it was taken, as `catch_up` does."""
+        with self.index.locked():
+            yield self.catch_up()
+
+    def commit(self, staged: dict[Any, Staged]) -> None:
+        """Publish staged values and every deletion that is pending; needs the lock.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses; then nothing is published.
+        """
+        self._sweep()
+        entries = self._entries(staged)
+        serializer = (self.serializer.name, self.serializer.text)
+        payloads = self.ledger.encode(entries, serializer, self.ledger.obsolete)
+        try:
+            for payload in payloads:
+                self.index.append(payload)
+            for key, entry in entries.items():
+                self.directory.place(staged[key].path, entry.file)
+            if self._fsync:
+                self.directory.sync(entry.file for entry in entries.values())
+            self.index.publish()
+        except BaseException as error:
+            if not self.index.published:
+                self.directory.remove(entry.file for entry in entries.values())
+                self.index.cut()
+            if isinstance(error, OSError):
+                needed = sum(map(len, payloads))
+                raise told(error, self.index.path, needed) from error
+            raise
+        self.ledger.committed(payloads)
+        self.index.acknowledge()
+        self._remove_obsolete()
+        self._compact_if_due()
+
+    def _entries(self, staged: dict[Any, Staged]) -> dict[Any, Entry]:
+        entries = {}
+        taken: set[str] = set()
+        for key, (_, length, digest) in staged.items():
+            wanted = self.directory.name_for(key)
+            name = self.directory.free_name(wanted, taken, self.ledger.folded)
+            taken.add(name.lower())
+            entries[key] = Entry(name, 0, length, digest)
+        return entries
+
+    def _sweep(self) -> None:
+        """Remove what a crash left."""
+        if self.index.foreign:
+            self._modernize()
+        if self.index.overhangs():
+            left = self.index.uncommitted()
+            names = {name for payload in left for name in named_files(payload)}
+            self.directory.remove(names - self.ledger.files())
+            self.index.cut()
+        self._remove_obsolete()
+        if not self._swept_staging:
+            self.directory.remove_staging()
+            self._swept_staging = True
+
+    def _remove_obsolete(self) -> None:
+        if self.ledger.obsolete:
+            self.ledger.obsolete = self.directory.remove(self.ledger.obsolete)
+
+    def _modernize(self) -> None:
+        """Put an index of today in the place of that of chest 0.2.3."""
+        puts = []
+        seen: set[str] = set()
+        for serial, (key, row) in enumerate(self.ledger.stored()):
+            entry = self.ledger.entry(row)
+            puts.append((key, serial, self._own_file(entry, seen)))
+        self.index.replace([encode(puts, first=True)], self.directory.staging_path())
+        self.catch_up()
+
+    def _own_file(self, entry: Entry, seen: set[str]) -> Entry:
+        """Measure an old value, and give it a file of its own if it shares one."""
+        path = self.directory.full_path(entry.file)
+        if not os.path.isfile(path):
+            return entry
+        name = entry.file
+        if name in seen:
+            name = self.directory.free_name(name, seen)
+            shutil.copyfile(path, self.directory.full_path(name))
+        seen.add(name)
+        return Entry(name, 0, *self.serializer.measure(path))
+
+    def _compact_if_due(self) -> None:
+        ledger = self.ledger
+        dead = ledger.records - len(ledger.rows)
+        if dead < max(len(ledger.rows), self._compact_from) or ledger.unreadable:
+            return
+        try:
+            self.index.replace(ledger.snapshot(), self.directory.staging_path())
+        except OSError as error:
+            logger.warning("the index %s could not be compacted: %s", self.index.path, error)
+            self._compact_from = 2 * dead
+        else:
+            self.catch_up()
+            self._compact_from = COMPACT_RECORDS
+
+    def drop(self) -> None:
+        """Remove every file that the chest wrote, and the directory if nothing else is in it."""
+        with self.index.locked():
+            self.catch_up()
+            self._sweep()
+            self.directory.remove(self.ledger.files())
+            self.directory.remove_staging(every=True)
+            os.unlink(self.index.path)
+        self.close()
+        try:
+            os.rmdir(self.directory.path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+    def check(self) -> None:
+        """Assert that the directory holds what the index names, and nothing else."""
+        root = self.directory.path
+        found = {
+            os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+            for folder, _, names in os.walk(root)
+            for name in names
+        }
+        named = self.ledger.files() | {os.path.basename(self.directory.index)}
+        assert found == named, f"stray: {found - named}, missing: {named - found}"
+
+
+def _link_or_rename(source: str, target: str) -> None:
+    """Give a file another name, unless somebody has done so before."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not os.path.lexists(target):
+            os.rename(source, target)
+
+
+def told(error: OSError, path: str, needed: int) -> OSError:
+    """Return `error` with what the user wants to know: where, how much, how much is free."""
+    if not error.errno:
+        return error
+    try:
+        free = f"{shutil.disk_usage(path).free} bytes are free"
+    except OSError:
+        free = "free bytes unknown"
+    message = f"{error.strerror} (about {needed} bytes needed, {free})"
+    return type(error)(error.errno, message, path)
