@@ -79,8 +79,9 @@ class Block:
             self.places = array("Q", islice(accumulate(self.lengths, initial=places), n))
         else:
             self.places = array("Q", [places]) * n
-        columns = (self.files, self.serials, self.places, self.lengths, self.digests)
-        if n == 0 or {*map(len, columns)} != {n} or {*map(type, self.files)} != {str}:
+        numbers = (self.serials, self.places, self.lengths, self.digests)
+        sizes = {len(self.files), *map(len, numbers)}
+        if n == 0 or sizes != {n} or {*map(type, self.files)} != {str}:
             raise FrameError("its columns do not fit each other")
 
 
@@ -101,12 +102,12 @@ class Frame(NamedTuple):
     blocks : list of Block
     """
 
-    first: bool = False
-    cleared: bool = False
-    serializer: tuple[str, bool | None] | None = None
-    left: list[str] = []
-    deleted: Keys = Keys([], [])
-    blocks: list[Block] = []
+    first: bool
+    cleared: bool
+    serializer: tuple[str, bool | None] | None
+    left: list[str]
+    deleted: Keys
+    blocks: list[Block]
 
 
 class _Plain(pickle.Unpickler):
@@ -116,7 +117,7 @@ class _Plain(pickle.Unpickler):
         raise FrameError(f"it names {module}.{name}, and an index may name nothing")
 
     def persistent_load(self, pid: Any) -> Any:
-        raise FrameError("it holds a persistent id, and an index may hold none")
+        raise FrameError(f"it holds a persistent id {pid!r}, and an index may hold none")
 
 
 def is_plain(key: Hashable) -> bool:

@@ -13,37 +13,27 @@ chest again before you change it.
 from __future__ import annotations
 
 import builtins
-import math
 import os
 import pickle
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from itertools import islice
 from types import TracebackType
-from typing import IO, Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, overload
 
-from chest.columns import Entry
-from chest.directory import remove_quietly
-from chest.errors import UnsavedError
+from chest.bulk import OpenMany, link, prefetch
 from chest.filenames import key_to_filename
 from chest.ledger import UNSAVED
 from chest.memory import Memory
-from chest.serialize import UNKNOWN, Dump, Load, Open, Serializer, dump_pickle
+from chest.options import DEFAULT_AVAILABLE_MEMORY, Options, absolute, budget
+from chest.serialize import Dump, Load, Open, Serializer, dump_pickle
 from chest.sizes import nbytes
-from chest.store import Staged
 from chest.views import ChestItems, ChestKeys, ChestValues
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 T = TypeVar("T")
 
-DEFAULT_AVAILABLE_MEMORY = 1e9  # bytes
-MAX_OPEN_FILES = 512
-PREFETCH_THREADS = 8
-LINKS = 1024  # values taken over from another chest in one commit
 
 _MISSING: Any = object()
 
@@ -132,7 +122,7 @@ class Chest(MutableMapping[K, V]):
         on_miss: Callable[[Any], object] | None = None,
         on_overflow: Callable[[Any], object] | None = None,
         open: Open = builtins.open,
-        open_many: Callable[..., AbstractContextManager[Iterable[IO[Any]]]] | None = None,
+        open_many: OpenMany | None = None,
         mode: str | None = None,
         *,
         nbytes: Callable[[Any], int] = nbytes,
@@ -149,11 +139,10 @@ class Chest(MutableMapping[K, V]):
         self.open = open
         self.open_many = open_many
         self.mode = mode
-        self._memory = Memory(
-            None if path is None else _absolute(path),
-            Serializer(dump, load, open, mode),
-            key_to_filename,
-            available=_budget(available_memory),
+        serializer = Serializer(dump, load, open, mode)
+        options = Options(
+            path=absolute(path),
+            namer=key_to_filename,
             nbytes=nbytes,
             writeback=writeback,
             fsync=fsync,
@@ -161,6 +150,7 @@ class Chest(MutableMapping[K, V]):
             on_miss=on_miss,
             on_overflow=on_overflow,
         )
+        self._memory = Memory(options, serializer, budget(available_memory))
         # Not __del__: this runs once, also at exit, and not when a value resurrects the chest.
         self._finalizer = weakref.finalize(self, self._memory.finish)
         if data is not None:
@@ -285,9 +275,8 @@ class Chest(MutableMapping[K, V]):
         **more
             Further pairs.
         """
-        if isinstance(other, Chest) and self._stores_like(other):
-            if other._memory is not self._memory:
-                self._link(other, overwrite)
+        if isinstance(other, Chest) and self._memory.stores_like(other._memory):
+            link(self._memory, other._memory, overwrite)
         else:
             for key, value in _pairs(other):
                 if overwrite or key not in self:
@@ -296,63 +285,22 @@ class Chest(MutableMapping[K, V]):
             if overwrite or name not in self:
                 self[name] = value  # type: ignore[index]
 
-    def _stores_like(self, other: Chest[Any, Any]) -> bool:
-        mine, theirs = self._memory.serializer, other._memory.serializer
-        return (mine.name, self.load, self.open) == (theirs.name, other.load, other.open)
-
-    def _link(self, other: Chest[Any, Any], overwrite: bool) -> None:
-        """Take over the values of another chest as they lie on its disk."""
-        try:
-            other.flush()
-        except UnsavedError:
-            pass  # those are set below, as the objects that they are
-        with self.lock:
-            self._memory.begin("update the chest")
-        wanted = (key for key in other if overwrite or key not in self)
-        while keys := list(islice(wanted, LINKS)):
-            staged: dict[Any, Staged] = {}
-            try:
-                for key in keys:
-                    link = self._stage_link(other, key)
-                    if link is None:
-                        self[key] = other[key]
-                    else:
-                        staged[key] = link
-                self._memory.adopt(staged)
-            finally:
-                for link in staged.values():  # those that could not be taken over
-                    remove_quietly(link.path)
-
-    def _stage_link(self, other: Chest[Any, Any], key: K) -> Staged | None:
-        theirs = other._memory
-        with theirs.lock:
-            row = theirs.ledger.rows.get(key, UNSAVED)
-            if row == UNSAVED or key in theirs.dirty:
-                return None
-            entry = theirs.ledger.entry(row)
-        try:
-            return self._memory.store.stage_link(theirs.store, entry)
-        except OSError:
-            return None  # replaced meanwhile, or damaged: getting the value tells
-
     def copy(self) -> Chest[K, V]:
         """Return a temporary chest with the same keys and values, and the same options."""
-        memory = self._memory
+        options = self._memory.options
         new: Chest[K, V] = Chest(
-            None,
-            None,
-            memory.available,
-            self.dump,
-            self.load,
-            memory.namer,
-            memory.on_miss,
-            memory.on_overflow,
-            self.open,
-            self.open_many,
-            self.mode,
-            nbytes=memory.nbytes,
-            writeback=memory.writeback,
-            fsync=memory.fsync,
+            available_memory=self.available_memory,
+            dump=self.dump,
+            load=self.load,
+            key_to_filename=options.namer,
+            on_miss=options.on_miss,
+            on_overflow=options.on_overflow,
+            open=self.open,
+            open_many=self.open_many,
+            mode=self.mode,
+            nbytes=options.nbytes,
+            writeback=options.writeback,
+            fsync=options.fsync,
         )
         new.update(self)
         return new
@@ -386,7 +334,7 @@ class Chest(MutableMapping[K, V]):
             return False
         for key, value in self._stream(self):
             theirs = _peek(other, key)
-            if theirs is not value and not theirs == value:  # noqa: SIM201 -- as dict asks it
+            if theirs is not value and not (theirs == value):
                 return False
         return True
 
@@ -437,7 +385,7 @@ class Chest(MutableMapping[K, V]):
 
     @available_memory.setter
     def available_memory(self, available: float | None) -> None:
-        self._memory.available = _budget(available)
+        self._memory.available = budget(available)
         self._memory.shrink()
 
     def shrink(self) -> None:
@@ -487,41 +435,7 @@ class Chest(MutableMapping[K, V]):
             If there is no such key.
         """
         one = isinstance(keys, (str, bytes)) or (isinstance(keys, Hashable) and keys in self)
-        entries = self._fitting([keys] if one else keys)  # type: ignore[arg-type,list-item]
-        if self.open_many is None:
-            fetch = self._memory.fetch
-            with ThreadPoolExecutor(PREFETCH_THREADS) as pool:
-                for _ in pool.map(lambda pair: fetch(pair[0], uses=1), entries):
-                    pass
-        else:
-            pairs = iter(entries)
-            while batch := list(islice(pairs, MAX_OPEN_FILES)):
-                self._prefetch_open(batch)
-
-    def _fitting(self, keys: Iterable[K]) -> list[tuple[K, Entry]]:
-        """Return the keys that have to be read, with their entries, as far as they fit."""
-        chosen = []
-        room = self._memory.available
-        for key in keys:
-            row = self._rows[key]
-            if row == UNSAVED or key in self._memory.inmem:
-                continue
-            entry = self._memory.ledger.entry(row)
-            room -= 0 if entry.length == UNKNOWN else entry.length
-            if room < 0:
-                break
-            chosen.append((key, entry))
-        return chosen
-
-    def _prefetch_open(self, batch: list[tuple[K, Entry]]) -> None:
-        """Read values from files that the user's `open_many` opens."""
-        assert self.open_many is not None
-        store = self._memory.store
-        paths = [store.directory.full_path(entry.file) for _, entry in batch]
-        with self.open_many(paths, mode="rb") as files:
-            for (key, entry), file in zip(batch, files, strict=True):
-                value = store.read(key, entry, file)
-                self._memory.offer(key, entry, value)
+        prefetch(self._memory, [keys] if one else keys, self.open_many)  # type: ignore[arg-type,list-item]
 
     # -- disk ------------------------------------------------------------------------------------
 
@@ -540,7 +454,7 @@ class Chest(MutableMapping[K, V]):
             store = self._memory.store
             row = self._memory.ledger.rows.get(key, UNSAVED)
             if row != UNSAVED:
-                return store.path_of(key, row)
+                return store.path_of(row)
             return store.directory.full_path(store.directory.name_for(key))
 
     def flush(self) -> None:
@@ -602,21 +516,6 @@ class Chest(MutableMapping[K, V]):
     def _check(self) -> None:
         """Assert every invariant, for tests."""
         self._memory.check()
-
-
-def _absolute(path: str | os.PathLike[str]) -> str:
-    name = os.fspath(path)
-    if not name:
-        raise ValueError("path is empty: give the directory of the chest, or None")
-    return os.path.abspath(name)
-
-
-def _budget(available: float | None) -> float:
-    if available is None:
-        return DEFAULT_AVAILABLE_MEMORY
-    if math.isnan(available) or available < 0:
-        raise ValueError(f"available_memory is {available!r}: it has to be a number of bytes")
-    return available
 
 
 def _pairs(other: Any) -> Iterable[tuple[Any, Any]]:

@@ -11,6 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import count
 
 from chest.errors import CorruptIndexError
@@ -51,7 +52,7 @@ class Directory:
             If that is not a file of this directory.
         """
         if not is_safe_filename(name):
-            raise CorruptIndexError(self.index, f"it names a file {name!r} outside of the directory")
+            raise CorruptIndexError(self.index, f"it names a file outside, {name!r}")
         return os.path.join(self.path, name)
 
     def staging_path(self) -> str:
@@ -133,10 +134,12 @@ class Directory:
     def sync(self, names: Iterable[str]) -> None:
         """Make sure that the names of these files survive a power cut."""
         folders = {os.path.dirname(os.path.join(self.path, name)) for name in names}
-        for folder in {self.path, *folders}:
-            while folder.startswith(self.path):
-                sync_folder(folder)
-                folder = os.path.dirname(folder)
+        for folder in folders - {self.path}:
+            above = folder
+            while above != self.path:
+                sync_folder(above)
+                above = os.path.dirname(above)
+        sync_folder(self.path)
 
 
 def _suffixes() -> Iterable[str]:
@@ -161,10 +164,8 @@ def _remove_folder(path: str) -> bool:
 
 def remove_quietly(path: str) -> None:
     """Remove a file that may be gone already."""
-    try:
+    with suppress(FileNotFoundError):
         os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def _age(path: str) -> float:

@@ -75,7 +75,8 @@ class KeyTypeError(ChestError, TypeError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"the key {self.key!r} of type {type(self.key).__name__} cannot be stored: {self.reason}"
+        kind = type(self.key).__name__
+        return f"the key {self.key!r} of type {kind} cannot be stored: {self.reason}"
 
 
 class CorruptIndexError(ChestError):

@@ -1,8 +1,8 @@
-"""The index file ``.keys``: an append-only log of frames behind a head of 16 bytes.
+r"""The index file ``.keys``: an append-only log of frames behind a head of 16 bytes.
 
 ::
 
-    magic   8 bytes   b'chest\\x00\\x01\\n'
+    magic   8 bytes   b'chest\x00\x01\n'
     length  8 bytes   little-endian; bits 0-47 the committed length, 48-62 a checksum of it,
                       bit 63 MOVED: this file was or is being replaced by a shorter one
     frames  ...       u32 length of the payload, u32 crc32 of the payload, payload

@@ -268,7 +268,7 @@ class Ledger:
                 self._new.pop(key, None)
                 self._retire(row)
         self.rows.update(zip(keys, rows, strict=True))
-        for key in self._deleted.keys() & keys if self._deleted else ():  # deleted here, so it stays
+        for key in self._deleted.keys() & keys if self._deleted else ():  # deleted here: stays so
             self._retire(self._deleted[key])
             self._deleted[key] = self.rows.pop(key)
         return replaced
@@ -293,7 +293,7 @@ class Ledger:
         for data in keys.pickled:
             try:
                 known.append(_load_key(data, self.trusted))
-            except Exception as error:  # whatever a class that changed or went can raise
+            except Exception as error:  # noqa: BLE001 -- whatever a class that changed can raise
                 unread.append(data)
                 if self.trusted and data not in self.unreadable:
                     logger.warning("a key cannot be read, and is kept in the file: %r", error)
@@ -320,8 +320,8 @@ class Ledger:
 
     def check(self) -> None:
         """Assert every invariant."""
-        columns = (self._files, self._places, self._lengths, self._digests, self._serials)
-        assert len({*map(len, columns)}) == 1, "columns of different lengths"
+        columns = (self._places, self._lengths, self._digests, self._serials)
+        assert {*map(len, columns)} == {len(self._files)}, "columns of different lengths"
         assert self._new.keys() == {key for key, row in self.rows.items() if row == UNSAVED}
         assert all(row < len(self._files) for row in self.rows.values())
         assert not self._deleted.keys() & dict(self.stored()).keys(), "stored and deleted"

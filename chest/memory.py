@@ -17,8 +17,7 @@ import pickle
 import sys
 import tempfile
 import threading
-import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NoReturn
 
 from chest.columns import Entry, is_plain
@@ -31,7 +30,9 @@ from chest.errors import (
     UnsavedError,
 )
 from chest.eviction import Eviction
+from chest.hands import Hands
 from chest.ledger import UNSAVED, Ledger
+from chest.options import Options
 from chest.serialize import Serializer, UndumpableError, changeable
 from chest.sizes import nbytes as default_nbytes
 from chest.store import Staged, Store
@@ -40,8 +41,9 @@ logger = logging.getLogger("chest")
 
 SLACK = 16  # one part in so many of the budget is made free at a time
 WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
-HANDS = 32  # threads with a value in hand before those that ended are looked for
-LEFT = 1000  # weak references kept before dead ones are looked for
+PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of these can be"
+
+_MISSING: Any = object()
 
 
 class Closed:
@@ -62,21 +64,10 @@ class Memory:
 
     Parameters
     ----------
-    path : str or None
-        The directory; None for a temporary one, made when a value first leaves memory.
+    options : Options
     serializer : Serializer
-    namer : callable
-        Key to file name.
     available : float
         The budget, in bytes.
-    nbytes : callable
-        Value to bytes.
-    writeback : bool
-        Whether values may change without being set.
-    fsync, readonly : bool
-        As for `Store`.
-    on_miss, on_overflow : callable or None
-        Called with a key that is read from disk, or left memory.
 
     Notes
     -----
@@ -84,50 +75,29 @@ class Memory:
     `head` and `seen` may be used without it.
     """
 
-    def __init__(
-        self,
-        path: str | None,
-        serializer: Serializer,
-        namer: Callable[..., str],
-        *,
-        available: float,
-        nbytes: Callable[[Any], int],
-        writeback: bool,
-        fsync: bool,
-        readonly: bool,
-        on_miss: Callable[[Any], object] | None,
-        on_overflow: Callable[[Any], object] | None,
-    ) -> None:
+    def __init__(self, options: Options, serializer: Serializer, available: float) -> None:
         self.lock = threading.RLock()
+        self.options = options
         self.serializer = serializer
-        self.namer = namer
         self.available = available
-        self.nbytes = nbytes
-        self.writeback = writeback
-        self.fsync = fsync
-        self.on_miss = on_miss
-        self.on_overflow = on_overflow
         self.inmem: dict[Any, Any] = {}
         self.dirty: dict[Any, None] = {}
         self.eviction = Eviction()
         self.mark = self.eviction.marks.add
         self.head: Any = (0, 0)
         self.seen = 0
-        self.readonly = readonly
+        self.readonly = options.readonly
         self.closed = False
-        self.temporary = path is None
-        self.path = path
+        self.path = options.path
         self.ledger = Ledger(serializer.trusts_pickle)
         self._store: Store | None = None
         self._pid = os.getpid()
-        self._hands: dict[int, tuple[Any, Any]] = {}
-        self._left: dict[Any, Callable[[], Any]] = {}
-        self._left_limit = LEFT
+        self._hands = Hands()
         self._loading: dict[Any, int] = {}
         self._loaded = threading.Condition(self.lock)
         self._reported: set[Any] = set()
-        if path is not None:
-            self._open_store(path)
+        if self.path is not None:
+            self._open_store(self.path)
 
     @property
     def store(self) -> Store:
@@ -135,7 +105,7 @@ class Memory:
         return self._store or self._open_store(tempfile.mkdtemp(".chest"))
 
     def _open_store(self, path: str) -> Store:
-        store = Store(path, self.serializer, self.namer, fsync=self.fsync, readonly=self.readonly)
+        store = Store(path, self.serializer, self.options)
         store.ledger.inherit(self.ledger)
         self.path, self._store, self.readonly = path, store, store.readonly
         self._look(store)
@@ -161,7 +131,7 @@ class Memory:
             value = self._in_memory(key)
             if key in self.dirty:
                 keep = True
-            elif value is None or not self._differs(value, digest):
+            elif value is _MISSING or not self._differs(value, digest):
                 keep = False
             else:
                 keep = True
@@ -196,25 +166,24 @@ class Memory:
             self.catch_up()
         if self.readonly and action is not None:
             raise ReadOnlyError(str(self.path), action)
-        if self._hands:
-            self._settle()
+        released = self._hands.open()
+        if released:
+            self._settle(released)
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
         if key not in self.ledger.rows:
             if not self.serializer.trusts_pickle and not is_plain(key):
-                reason = f"a chest that uses {self.serializer.name} stores str, bytes, int, float, bool, None, and tuples and frozensets of them"
-                raise KeyTypeError(key, reason)
+                raise KeyTypeError(key, f"only {PLAIN_KEYS}, when the values are not pickles")
             self.ledger.add(key)
         uses = self.eviction.uses(key)
         self.dirty[key] = None
         self.inmem[key] = value
         self.eviction.discard(key)
         self.eviction.enroll(key, size, max(uses, 1))
-        if self._left:
-            self._left.pop(key, None)
+        self._hands.forget(key)
         if changeable(value):
-            self._hands[threading.get_ident()] = (key, value)
+            self._hands.hold(key, value)
 
     def fetch(self, key: Hashable, *, uses: int = 0, stream: bool = False) -> Any:
         """Return the value of a key, from wherever it is.
@@ -258,8 +227,8 @@ class Memory:
                 if key in self.inmem:
                     self.mark(key)
                     return (self.inmem[key],)
-                left = self._left.get(key)
-                if left is not None and (value := left()) is not None:
+                value = self._hands.get(key, _MISSING)
+                if value is not _MISSING:
                     self._admit(key, value, self.measure(value), 0, stream=False)
                     return (value,)
                 row = self.ledger.rows.get(key)
@@ -270,8 +239,8 @@ class Memory:
                 self._loaded.wait()
 
     def _load(self, key: Hashable, entry: Entry) -> Any:
-        if self.on_miss is not None:
-            self.on_miss(key)
+        if self.options.on_miss is not None:
+            self.options.on_miss(key)
         try:
             return self.store.read(key, entry)
         except CorruptValueError:
@@ -291,11 +260,15 @@ class Memory:
         """Make a stored value resident if it may be, and put it in this thread's hand."""
         room = self.available - self.eviction.total if stream else self.available
         if size <= room:
-            self._left.pop(key, None)
+            self._hands.forget(key)
             self.inmem[key] = value
             self.eviction.enroll(key, size, uses)
             self._shrink_for_reading()
-        self._hold(key, value)
+        if key not in self.inmem:
+            self._hands.hold(key, value)
+            self._hands.leave(key, value)
+        elif changeable(value):
+            self._hands.hold(key, value)
 
     def offer(self, key: Hashable, entry: Entry, value: Any) -> None:
         """Make a value resident that was read from `entry`, unless that is history."""
@@ -305,6 +278,17 @@ class Memory:
             if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
                 self._admit(key, value, size, uses=1, stream=False)
 
+    def has(self, key: Hashable) -> bool:
+        """Tell whether there is such a key."""
+        if self.head[1] != self.seen:
+            self.catch_up()
+        return key in self.ledger.rows
+
+    def stores_like(self, other: Memory) -> bool:
+        """Tell whether files of one chest can be files of the other."""
+        mine, theirs = self.serializer, other.serializer
+        return (mine.name, mine.load, mine.open) == (theirs.name, theirs.load, theirs.open)
+
     def holds(self, key: Hashable, value: Any) -> bool:
         """Tell whether `value` is the value of `key`, resident or left."""
         return key in self.ledger.rows and self._in_memory(key) is value
@@ -312,71 +296,38 @@ class Memory:
     def measure(self, value: Any) -> int:
         """Return the size of a value in bytes; a size function that fails is told of once."""
         try:
-            size = self.nbytes(value)
+            size = self.options.nbytes(value)
             if type(size) is int and size >= 0:
                 return size
             if math.isfinite(size) and size >= 0:
                 return int(size)
             raise ValueError(f"{size!r} is no number of bytes")
-        except Exception as error:  # a size function may do anything; a set must not fail for it
-            self._say_once(("nbytes", type(value)), "the size of a %s is only estimated: %r", type(value).__name__, error)
-        if self.nbytes is default_nbytes:
+        except Exception as error:  # noqa: BLE001 -- theirs may do anything; no set fails for it
+            kind = type(value)
+            message = "the size of a %s is only estimated: %r"
+            self._say_once(("nbytes", kind), message, kind.__name__, error)
+        if self.options.nbytes is default_nbytes:
             return sys.getsizeof(value, 64)
         try:
             return default_nbytes(value)
-        except Exception:  # a sizer that was registered may do anything as well
+        except Exception:  # noqa: BLE001 -- a sizer that was registered may do anything as well
             return sys.getsizeof(value, 64)
 
-    # -- values in hand, and elsewhere ------------------------------------------------------------
+    # -- values that may have changed ------------------------------------------------------------
 
-    def _hold(self, key: Hashable, value: Any) -> None:
-        """Put a value in this thread's hand, until its next operation here."""
-        resident = key in self.inmem
-        if resident and not changeable(value):
-            return
-        if len(self._hands) > HANDS:
-            self._settle_ended_threads()
-        self._hands[threading.get_ident()] = (key, value)
-        if not resident:
-            self._leave(key, value)
-
-    def _leave(self, key: Hashable, value: Any) -> None:
-        """Remember a value that is not resident, as long as it is alive."""
-        if type(value).__weakrefoffset__:
-            self._left[key] = weakref.ref(value)
-        elif any(held is value for _, held in self._hands.values()):
-            self._left[key] = lambda: value
-        if len(self._left) > self._left_limit:
-            self._left = {key: left for key, left in self._left.items() if left() is not None}
-            self._left_limit = max(LEFT, 2 * len(self._left))
-
-    def _settle(self) -> None:
-        """End the hold on this thread's last value."""
-        hand = self._hands.pop(threading.get_ident(), None)
-        if hand is not None:
-            self._settle_hand(*hand)
-
-    def _settle_hand(self, key: Hashable, value: Any) -> None:
-        left = self._left.get(key)
-        if left is None or left() is not value:
-            return  # resident, or replaced, or deleted
-        if not isinstance(left, weakref.ref):
-            if any(held is value for _, held in self._hands.values()):
-                return
-            del self._left[key]
-        if self._differs(value, self.ledger.digest(key)):
+    def _settle(self, released: list[tuple[Any, Any]]) -> None:
+        """Make those values resident and dirty that changed while they were in hand."""
+        revived = [pair for pair in released if self._differs(pair[1], self.ledger.digest(pair[0]))]
+        for key, value in revived:
             self._revive(key, value)
+        if revived:
             self._shrink_for_reading()
-
-    def _settle_ended_threads(self) -> None:
-        for ident in self._hands.keys() - sys._current_frames().keys():
-            self._settle_hand(*self._hands.pop(ident))
 
     def _revive(self, key: Hashable, value: Any) -> None:
         """Make a value that changed in place resident and dirty."""
         self.dirty[key] = None
         if key not in self.inmem:
-            self._left.pop(key, None)
+            self._hands.forget(key)
             self.inmem[key] = value
             self.eviction.enroll(key, self.measure(value))
 
@@ -384,22 +335,17 @@ class Memory:
         """Find every value that changed in place, in memory and alive elsewhere."""
         for key in [key for key in self.inmem if key not in self.dirty]:
             self._must_write(key)
-        for key, left in list(self._left.items()):
-            value = left()
-            if value is None:
-                self._left.pop(key, None)
-            elif self._differs(value, self.ledger.digest(key)):
+        for key, value in self._hands.alive():
+            if self._differs(value, self.ledger.digest(key)):
                 self._revive(key, value)
 
     def _in_memory(self, key: Hashable) -> Any:
-        if key in self.inmem:
-            return self.inmem[key]
-        left = self._left.get(key)
-        return None if left is None else left()
+        """Return the value of a key that is resident or alive elsewhere, `_MISSING` if none is."""
+        return self.inmem[key] if key in self.inmem else self._hands.get(key, _MISSING)
 
     def _differs(self, value: Any, digest: int) -> bool:
         """Tell whether a clean value is not what was stored with `digest`."""
-        if not self.writeback or self.readonly or not changeable(value):
+        if not self.options.writeback or self.readonly or not changeable(value):
             return False
         size = self.measure(value)
         try:
@@ -431,12 +377,12 @@ class Memory:
         self.dirty.pop(key, None)
         self.inmem.pop(key, None)
         self.eviction.discard(key)
-        self._left.pop(key, None)
+        self._hands.forget(key)
 
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
         self.ledger.clear()
-        self.dirty, self.inmem, self._left, self._hands = {}, {}, {}, {}
+        self.dirty, self.inmem, self._hands = {}, {}, Hands()
         self.eviction = Eviction()
         self.mark = self.eviction.marks.add
 
@@ -493,13 +439,13 @@ class Memory:
             elif key in self.inmem and key not in self.dirty:
                 value = self.inmem.pop(key)
                 self.eviction.discard(key)
-                self._leave(key, value)
+                self._hands.leave(key, value)
             elif key in self.inmem:
                 self.eviction.stay([key])
-        if self.on_overflow is not None:
+        if self.options.on_overflow is not None:
             for key in keys:
                 if key not in unsaved:
-                    self.on_overflow(key)
+                    self.options.on_overflow(key)
         return unsaved
 
     def move_to_disk(self, key: Hashable) -> None:
@@ -535,7 +481,7 @@ class Memory:
             self.begin()
             if self.readonly:
                 return
-            self._settle_ended_threads()
+            self._settle(self._hands.open_ended())
             self._revive_changed()
             unsaved = self._save([*self.dirty], stop=False)
             for key in self.eviction.aside():
@@ -634,7 +580,8 @@ class Memory:
     def _report(self, unsaved: dict[Any, Exception]) -> None:
         for key, error in unsaved.items():
             kinds = (type(self.inmem.get(key)), type(error))
-            self._say_once(kinds, "the value of key %r stays in memory, it cannot be written: %r", key, error)
+            message = "the value of key %r stays in memory, it cannot be written: %r"
+            self._say_once(kinds, message, key, error)
 
     def _say_once(self, what: Hashable, message: str, *args: object) -> None:
         level = logging.DEBUG if what in self._reported else logging.WARNING
@@ -654,7 +601,7 @@ class Memory:
         with self.lock:
             if self.closed:
                 return
-            if self.temporary:
+            if self.options.path is None:
                 self.drop()
             else:
                 self.flush()
@@ -680,8 +627,8 @@ class Memory:
             return
         try:
             self.close()
-        except Exception as error:  # nobody is left to catch it, so it is said
-            logger.error("the chest at %s could not be closed: %s", self.path, error)
+        except Exception as error:  # noqa: BLE001 -- nobody is left to catch it, so it is said
+            logger.error("the chest at %s could not be closed: %s", self.path, error)  # noqa: TRY400 -- in one line
             self._end()
 
     def _end(self) -> None:
@@ -691,7 +638,7 @@ class Memory:
         self.head, self.seen = (0, 0), 0
         closed: Any = Closed(self.path)
         self.inmem = self.ledger = self.eviction = self.mark = closed
-        self.dirty, self._left, self._hands = {}, {}, {}
+        self.dirty, self._hands = {}, Hands()
 
     # -- for tests -------------------------------------------------------------------------------
 
@@ -704,8 +651,7 @@ class Memory:
             assert self.inmem.keys() <= rows.keys(), "a resident value has no key"
             unsaved = {key for key, row in rows.items() if row == UNSAVED}
             assert unsaved <= self.dirty.keys(), "a value is nowhere"
-            assert not self._left.keys() & self.inmem.keys(), "a resident value has left"
-            assert self._left.keys() <= rows.keys(), "a deleted value has left"
+            self._hands.check(rows, self.inmem)
             self.ledger.check()
             if self._store is not None:
                 self._store.check()

@@ -28,11 +28,11 @@ def read_old_index(path: str, serializer: Serializer) -> bytes:
             content = serializer.read_from(file, UNKNOWN, 0)
         pairs = [(_hashable(key), name) for key, name in content]
     except (UnloadableError, TypeError, ValueError, EOFError) as error:
-        reason = f"it is neither an index of this version nor one of chest 0.2.3 that {serializer.name} reads ({error})"
+        reason = f"it is no index of this version, nor one of 0.2.3 for {serializer.name} ({error})"
         raise CorruptIndexError(path, reason) from error
     for _, name in pairs:
         if not is_safe_filename(name):
-            raise CorruptIndexError(path, f"it names a file {name!r} outside of the directory")
+            raise CorruptIndexError(path, f"it names a file outside, {name!r}")
     entries = {key: Entry(name, 0, UNKNOWN, 0) for key, name in pairs}
     return encode([(key, n, entry) for n, (key, entry) in enumerate(entries.items())], first=True)
 

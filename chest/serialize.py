@@ -27,7 +27,8 @@ from typing import IO, Any
 
 import xxhash
 
-STEP = 1 << 20  # bytes hashed and written at a time: they stay in the processor's cache
+from chest.streams import HashingReader, HashingWriter
+
 SMALL = 64 * 1024  # bytes; below, a stream is made and read in one piece
 UNKNOWN = 2**64 - 1  # the length of a stream that an old chest wrote without a digest
 
@@ -108,102 +109,6 @@ def _is_frozen_array(value: Any) -> bool:
     return value is None or type(value) is bytes
 
 
-class _Hashing:
-    """What ``dump`` writes to: hashes, and passes on to a file if there is one.
-
-    A ``dump`` that uses more of the file than ``write`` (its name, a seek) goes past the hash;
-    then `bypassed` is set and the stream has to be read again for its digest.
-    """
-
-    def __init__(self, file: IO[bytes] | None) -> None:
-        self._file = file
-        self._hash = xxhash.xxh3_64()
-        self.length = 0
-        self.text: bool | None = None
-        self.bypassed = False
-        self.refused: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write bytes, or text as UTF-8; return how many of them, as files do."""
-        if isinstance(data, str):
-            self.text = True
-            written = len(data)
-            view = memoryview(data.encode("utf-8", "surrogatepass"))
-        else:
-            self.text = self.text or False
-            view = memoryview(data).cast("B")
-            written = view.nbytes
-        for start in range(0, view.nbytes, STEP):
-            step = view[start : start + STEP]
-            self._hash.update(step)
-            self._pass_on(step)
-        self.length += view.nbytes
-        return written
-
-    def _pass_on(self, step: memoryview) -> None:
-        try:
-            while self._file is not None and step.nbytes:
-                step = step[self._file.write(step) :]
-        except OSError as refused:
-            self.refused = refused
-            raise
-
-    def flush(self) -> None:
-        """Do nothing: the file is flushed when it is closed."""
-
-    def digest(self) -> int:
-        """Return the digest of what was written."""
-        return self._hash.intdigest()
-
-    def __getattr__(self, name: str) -> Any:
-        self.bypassed = True
-        return getattr(self._file, name)
-
-
-class _Verifying:
-    """What ``pickle.load`` reads from: hashes what passes through."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._hash = xxhash.xxh3_64()
-        self.length = 0
-
-    def _passed(self, data: Any, length: int) -> None:
-        self._hash.update(data)
-        self.length += length
-
-    def read(self, size: int = -1) -> bytes:
-        """Read up to `size` bytes."""
-        data = self._file.read(size)
-        self._passed(data, len(data))
-        return data
-
-    def readline(self) -> bytes:
-        """Read one line."""
-        data = self._file.readline()
-        self._passed(data, len(data))
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`, as far as the file goes; return how many bytes were read."""
-        view = memoryview(buffer).cast("B")
-        start = 0
-        while start < view.nbytes:
-            step = view[start : start + STEP]
-            n = self._file.readinto(step)  # type: ignore[attr-defined]
-            if not n:
-                break
-            self._passed(step[:n], n)
-            start += n
-        return start
-
-    def finish(self) -> tuple[int, int]:
-        """Read to the end; return the length and the digest of the whole stream."""
-        while self.read(STEP):
-            pass
-        return self.length, self._hash.intdigest()
-
-
 def _unwrap(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
@@ -275,7 +180,7 @@ class Serializer:
             _write_new(path, data)
             return len(data), digest_bytes(data)
         with self._create(path) as file:
-            sink = _Hashing(file)
+            sink = HashingWriter(file)
             self._dump_into(sink, value)
         if sink.bypassed:
             return self.measure(path)
@@ -286,7 +191,7 @@ class Serializer:
             return builtins.open(path, "xb", buffering=0)
         return self.open(path, mode="wb")
 
-    def _dump_into(self, sink: _Hashing, value: object) -> None:
+    def _dump_into(self, sink: HashingWriter, value: object) -> None:
         try:
             self.dump(value, sink)  # type: ignore[arg-type]
         except Exception as error:
@@ -304,14 +209,14 @@ class Serializer:
             return None
         if size < SMALL:
             return digest_bytes(_guarded(pickle.dumps, value, 5))
-        sink = _Hashing(None)
+        sink = HashingWriter(None)
         self._dump_into(sink, value)
         return sink.digest()
 
     def measure(self, path: str) -> tuple[int, int]:
         """Return the length and the digest of the stream that `path` holds."""
         with self.open(path, mode="rb") as file:
-            return _Verifying(file).finish()
+            return HashingReader(file).finish()
 
     def read(self, path: str, length: int, digest: int) -> Any:
         """Load the value that `path` holds.
@@ -340,11 +245,11 @@ class Serializer:
         return (self._stream_from if self._streams else self._verify_first)(file, length, digest)
 
     def _stream_from(self, file: IO[Any], length: int, digest: int) -> Any:
-        source = _Verifying(file)
+        source = HashingReader(file)
         value = error = None
         try:
             value = self.load(source)  # type: ignore[arg-type]
-        except Exception as raised:
+        except Exception as raised:  # noqa: BLE001 -- first find out whether the bytes are right
             error = raised
         _check(source, length, digest, error)
         if error is not None:
@@ -352,7 +257,7 @@ class Serializer:
         return value
 
     def _verify_first(self, file: IO[Any], length: int, digest: int) -> Any:
-        _check(_Verifying(file), length, digest, None)
+        _check(HashingReader(file), length, digest, None)
         file.seek(0)
         return _loaded(self._load_unrecorded if self.text is None else self._load_from, file)
 
@@ -372,7 +277,7 @@ class Serializer:
             return self._load_from(file)
         try:
             return self.load(file)
-        except Exception:  # a text loader says in many ways that it got bytes
+        except Exception:  # noqa: BLE001 -- a text loader says in many ways that it got bytes
             self.text = True
             file.seek(0)
             try:
@@ -408,7 +313,7 @@ def _unloadable(error: Exception) -> Exception:
     return error if isinstance(error, MemoryError) else UnloadableError(_said(error))
 
 
-def _check(source: _Verifying, length: int, digest: int, error: Exception | None) -> None:
+def _check(source: HashingReader, length: int, digest: int, error: Exception | None) -> None:
     try:
         found = source.finish()
     except Exception as damage:  # each decompressor has an error of its own for damaged files

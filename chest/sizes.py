@@ -38,6 +38,7 @@ _Stratum = tuple[list[Any], float]  # parts, and how many real ones each of them
 
 _BUDGET = 3072  # parts looked at in one value, whatever its size
 _TAPER = 16  # a level may take this fraction of what is left of the budget
+_RECORD = 16  # parts up to which a collection is drawn whole or not at all
 _SMALL = 32  # parts up to which adding them up at once is quicker than a walk
 _LISTED = 512  # entries up to which a dict or a set is gone through in full
 _TINY = 1024  # bytes up to which finding out what is shared costs more than it tells
@@ -226,10 +227,15 @@ def _spread(groups: list[tuple[_Group, int]], count: int) -> list[Any]:
     """Draw at one distance throughout, as if the collections lay end to end.
 
     The distance (in 1/65536) ends in the golden ratio, to fall in step with no period in the data.
+    Of many short collections, whole ones are drawn: their parts tell about each other.
     """
-    step = (sum(size for _, size in groups) // count << 16) + 40503
+    total = sum(size for _, size in groups)
+    if 1 < len(groups) and total <= _RECORD * len(groups):
+        drawn = _spread([((list, groups), len(groups))], count * len(groups) // total or 1)
+        return list(chain.from_iterable(base.__iter__(held) for (base, held), _ in drawn))
+    step = (total // count << 16) + 40503
     start = step // 2
-    drawn: list[Any] = []
+    drawn = []
     for group, size in groups:
         spots = range(start, size << 16, step)
         start += len(spots) * step - (size << 16)
@@ -322,6 +328,7 @@ def _ask(sizer: _Sizer, value: Any) -> int:
 
 def _fields(kind: type) -> tuple[Any, ...]:
     """Find the descriptors of slots and of ``__dict__``: reading these runs nobody's code."""
+    descriptors = types.GetSetDescriptorType, types.MemberDescriptorType
     slots = [
         field
         for base in kind.__mro__
@@ -330,7 +337,7 @@ def _fields(kind: type) -> tuple[Any, ...]:
         if isinstance(field, types.MemberDescriptorType)
     ]
     dicts = [vars(base).get("__dict__") for base in kind.__mro__]
-    return (*slots, *[d for d in dicts if isinstance(d, types.GetSetDescriptorType)][:1])
+    return (*slots, *[d for d in dicts if isinstance(d, descriptors)][:1])
 
 
 def _read(field: Any, value: Any) -> Any:
@@ -418,13 +425,13 @@ def _open_frame(frame: Any) -> _Opened:
 def _open_index(index: Any) -> _Opened:
     if hasattr(index, "levels"):
         return sum(codes.nbytes for codes in index.codes), [(list, list(index.levels))]
-    return index.memory_usage(), _open_column(index.array)[1] if index.dtype.kind == "O" else []
+    return _open_column(index.array) if index.dtype.kind == "O" else (index.memory_usage(), [])
 
 
 def _open_column(array: Any) -> _Opened:
     if hasattr(array, "categories"):
         return array.codes.nbytes, [(list, [array.categories])]
-    if array.dtype == object or getattr(array.dtype, "storage", None) == "python":
+    if array.dtype.name == "object" or getattr(array.dtype, "storage", None) == "python":
         cells = sys.modules["numpy"].asarray(array).flat
         return array.nbytes, [(type(cells), cells)]
     return array.nbytes, []

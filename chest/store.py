@@ -21,7 +21,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from chest.errors import CorruptIndexError, CorruptValueError, SerializerError
 from chest.index import Index, write_log
 from chest.ledger import Ledger
 from chest.old import read_old_index
+from chest.options import Options
 from chest.serialize import UNKNOWN, DamagedError, Serializer, UnloadableError
 
 logger = logging.getLogger("chest")
@@ -54,12 +55,7 @@ class Store:
     path : str
         The directory, absolute; made if it does not exist.
     serializer : Serializer
-    namer : callable
-        Key to file name.
-    fsync : bool
-        Whether each commit survives a power cut.
-    readonly : bool
-        Write nothing.
+    options : Options
 
     Raises
     ------
@@ -69,24 +65,16 @@ class Store:
         If its index cannot be read.
     """
 
-    def __init__(
-        self,
-        path: str,
-        serializer: Serializer,
-        namer: Callable[..., str],
-        *,
-        fsync: bool,
-        readonly: bool,
-    ) -> None:
+    def __init__(self, path: str, serializer: Serializer, options: Options) -> None:
         self.serializer = serializer
-        self.directory = Directory(path, namer)
-        self._fsync = fsync
+        self.directory = Directory(path, options.namer)
+        self._fsync = options.fsync
         self._swept_staging = False
         self._compact_from = COMPACT_RECORDS
-        if not readonly:
+        if not options.readonly:
             os.makedirs(path, 0o700, exist_ok=True)
-        self.readonly = readonly or not self._make_writable()
-        self.index = Index(self.directory.index, readonly=self.readonly, fsync=fsync)
+        self.readonly = options.readonly or not self._make_writable()
+        self.index = Index(self.directory.index, readonly=self.readonly, fsync=options.fsync)
         self.ledger = Ledger(serializer.trusts_pickle)
         self.catch_up()
 
@@ -146,7 +134,7 @@ class Store:
         self.ledger = ledger
         return changed
 
-    def path_of(self, key: Any, row: int) -> str:
+    def path_of(self, row: int) -> str:
         """Return the path of the file that holds the value of a stored key."""
         return self.directory.full_path(self.ledger.entry(row).file)
 
@@ -356,9 +344,7 @@ def _link_or_rename(source: str, target: str) -> None:
     """Give a file another name, unless somebody has done so before."""
     try:
         os.link(source, target)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
+    except OSError:  # it is there already, or the file system has no links
         if not os.path.lexists(target):
             os.rename(source, target)
 

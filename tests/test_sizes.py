@@ -272,7 +272,8 @@ def test_instances():
     assert nbytes(slotted) == (
         own(slotted) + own(bytes(1000)) + own(bytes(3000)) + nbytes([bytes(200)]) + own(None)
     )
-    assert nbytes([Point(bytes(1000 + i), i) for i in range(10_000)]) > 60 * MB
+    points = [Point(bytes(1000 + i), i) for i in range(10_000)]
+    assert nbytes(points) == about(exact([[vars(p), p.x, p.y] for p in points]) - 88 * 10_000)
     assert nbytes(fractions.Fraction(10**1000, 3)) > own(10**1000)
     assert nbytes(types.SimpleNamespace(a=bytes(5000))) > 5000
 
@@ -306,9 +307,10 @@ class HostileDict(dict):
 
 @pytest.mark.parametrize("n", [3, 10_000])
 def test_overridden_methods_are_not_called(n):
-    assert nbytes(Hostile(map(float, range(n)))) == about(exact(list(map(float, range(n)))), 0.3)
-    table = {i: float(i) for i in range(n)}
-    assert nbytes(HostileDict(table)) == about(exact(table), 0.3)
+    row, table = [float(i) for i in range(n)], {i: float(i) for i in range(n)}
+    attributes = sys.getsizeof(vars(Hostile())) + sys.getsizeof(Hostile()) - sys.getsizeof([])
+    assert nbytes(Hostile(row)) == about(exact(row) + attributes)
+    assert nbytes(HostileDict(table)) == about(exact(table) + attributes)
 
 
 @pytest.mark.parametrize("answer", [-1, "big", 2.5, None, 2**70, RuntimeError, RecursionError])
@@ -384,7 +386,7 @@ def test_buffers():
     released.release()
     assert nbytes(released) < 500
     assert nbytes((ctypes.c_double * 10_000)()) == about(80_000, rel=0.01)
-    assert nbytes(array.array("d", bytes(80_000))) == about(80_000, rel=0.01)
+    assert nbytes(array.array("d", bytes(80_000))) == about(80_000)
 
 
 def test_arrays():
@@ -395,7 +397,7 @@ def test_arrays():
     assert nbytes([data[i:] for i in range(1000)]) == about(MB + 1000 * (128 + 8))
     assert nbytes(np.array(5)) < 200
     assert nbytes(np.zeros((1000, 50), dtype="f4,i2")) == about(300_000, rel=0.01)
-    assert nbytes(np.matrix(np.zeros((100, 100)))) == about(80_000, rel=0.05)
+    assert nbytes(np.rec.array(np.zeros(1000, dtype="f4,i2"))) == about(6000)
     assert nbytes(np.array(["x" * 100] * 100)) == about(40_000, rel=0.01)
     assert nbytes([np.zeros(1000) for _ in range(5000)]) == about(5000 * 8112)
 
@@ -418,27 +420,23 @@ def test_arrays_over_other_memory():
     assert nbytes(np.frombuffer(bytes(MB), dtype="u1")) == about(MB, rel=0.01)
     assert nbytes(np.frombuffer(bytearray(MB), dtype="u1")[5:]) == about(MB, rel=0.01)
     assert nbytes(np.ctypeslib.as_array((ctypes.c_double * 1000)())) == about(8000, rel=0.1)
-    assert nbytes(np.frombuffer(array.array("d", bytes(MB)))) == about(MB, rel=0.01)
+    assert nbytes(np.frombuffer(array.array("d", bytes(MB)))) == about(MB)
 
 
 def test_array_over_memory_of_a_library():
     class PyCapsule:
         pass
 
-    class ndarray:  # noqa: N801 - looked up by this name
-        __module__ = "numpy"
-        nbytes = MB
-        base = PyCapsule()
-
-    ndarray.__module__ = "numpy"
-    assert nbytes(ndarray()) == about(MB, rel=0.01)
+    members = {"__module__": "numpy", "nbytes": MB, "base": PyCapsule()}
+    stand_in = type("ndarray", (), members)  # types are looked up by these names
+    assert nbytes(stand_in()) == about(MB, rel=0.01)
 
 
 def test_object_arrays():
     strings = words(50_000)
     data = np.array(strings, dtype=object)
     assert nbytes(data) == about(data.nbytes + exact(strings) - sys.getsizeof(strings))
-    assert nbytes(data[::2]) == about(nbytes(data), rel=0.01)
+    assert nbytes(data[::2]) == about(nbytes(data))
     assert nbytes(data.reshape(500, 100).T.copy()) == about(nbytes(data))
     assert nbytes(np.full(10**6, None)) == about(8 * MB, rel=0.01)
     nested = np.empty(2, dtype=object)

@@ -1,0 +1,107 @@
+"""Many values at once: into memory, and from one chest to another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from itertools import islice
+from typing import IO, Any
+
+from chest.columns import Entry
+from chest.directory import remove_quietly
+from chest.errors import UnsavedError
+from chest.ledger import UNSAVED
+from chest.memory import Memory
+from chest.serialize import UNKNOWN
+from chest.store import Staged
+
+MAX_OPEN_FILES = 512
+THREADS = 8
+LINKS = 1024  # values taken over in one commit
+
+OpenMany = Callable[..., AbstractContextManager[Iterable[IO[Any]]]]
+
+
+def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) -> None:
+    """Read the values of `keys` into memory, in threads, until the budget is used up.
+
+    Raises
+    ------
+    KeyError
+        If there is no such key.
+    """
+    wanted = _fitting(memory, keys)
+    if open_many is None:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(lambda pair: memory.fetch(pair[0], uses=1), wanted):
+                pass
+        return
+    while batch := wanted[:MAX_OPEN_FILES]:
+        del wanted[:MAX_OPEN_FILES]
+        paths = [memory.store.directory.full_path(entry.file) for _, entry in batch]
+        with open_many(paths, mode="rb") as files:
+            for (key, entry), file in zip(batch, files, strict=True):
+                memory.offer(key, entry, memory.store.read(key, entry, file))
+
+
+def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:
+    """Return the keys that have to be read, with their entries, as far as they fit."""
+    chosen = []
+    room = memory.available
+    for key in keys:
+        with memory.lock:
+            memory.begin()
+            row = memory.ledger.rows[key]
+            if row == UNSAVED or key in memory.inmem:
+                continue
+            entry = memory.ledger.entry(row)
+        room -= 0 if entry.length == UNKNOWN else entry.length
+        if room < 0:
+            break
+        chosen.append((key, entry))
+    return chosen
+
+
+def link(memory: Memory, other: Memory, overwrite: bool) -> None:
+    """Take over the values of another chest as they lie on its disk, without loading one."""
+    if memory is other:
+        return
+    with suppress(UnsavedError):  # those are set below, as the objects that they are
+        other.flush()
+    with memory.lock:
+        memory.begin("update the chest")
+    with other.lock:
+        keys = iter(list(other.ledger.rows))
+    while batch := list(islice(keys, LINKS)):
+        _link_batch(memory, other, [key for key in batch if overwrite or not memory.has(key)])
+
+
+def _link_batch(memory: Memory, other: Memory, keys: list[Any]) -> None:
+    staged: dict[Any, Staged] = {}
+    try:
+        for key in keys:
+            linked = _stage(memory, other, key)
+            if linked is not None:
+                staged[key] = linked
+                continue
+            memory.adopt(staged)  # first those that come before in the order of keys
+            staged.clear()
+            with suppress(KeyError):
+                memory.set(key, other.fetch(key))
+        memory.adopt(staged)
+    finally:
+        for linked in staged.values():  # gone if they were taken over
+            remove_quietly(linked.path)
+
+
+def _stage(memory: Memory, other: Memory, key: Any) -> Staged | None:
+    with other.lock:
+        row = other.ledger.rows.get(key, UNSAVED)
+        if row == UNSAVED or key in other.dirty:
+            return None
+        entry = other.ledger.entry(row)
+    try:
+        return memory.store.stage_link(other.store, entry)
+    except OSError:
+        return None  # replaced meanwhile, or damaged: getting the value tells

@@ -1,0 +1,107 @@
+"""Values that are not resident and still alive: in somebody's hand, or referred to elsewhere.
+
+What a thread set or was handed last is in its *hand* until its next operation, so that
+``c.setdefault('k', []).append(3)`` counts although the list leaves memory before it is appended
+to. Other values that left memory are remembered by weak references, where their type allows it.
+Either kind comes back as the same object, and may have changed meanwhile.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+THREADS = 32  # with a value in hand, before those that ended are looked for
+REFERENCES = 1000  # kept before dead ones are looked for
+
+
+class Hands:
+    """The values in hand, by thread, and those that left memory, by key.
+
+    Notes
+    -----
+    Everything is called under the lock of the chest.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Any, Any]] = {}
+        self._left: dict[Any, Callable[[], Any]] = {}
+        self._limit = REFERENCES
+
+    def hold(self, key: Hashable, value: Any) -> None:
+        """Put a value in the hand of this thread, which has to be empty."""
+        self._held[threading.get_ident()] = (key, value)
+
+    def leave(self, key: Hashable, value: Any) -> None:
+        """Remember that a value is not resident, as long as it is alive."""
+        if type(value).__weakrefoffset__:
+            self._left[key] = weakref.ref(value)
+        elif self._is_held(value):
+            self._left[key] = lambda: value
+        if len(self._left) > self._limit:
+            self._left = {key: left for key, left in self._left.items() if left() is not None}
+            self._limit = max(REFERENCES, 2 * len(self._left))
+
+    def _is_held(self, value: Any) -> bool:
+        return any(held is value for _, held in self._held.values())
+
+    def get(self, key: Hashable, default: Any = None) -> Any:
+        """Return the value that left under `key`, `default` if there is none alive."""
+        left = self._left.get(key)
+        if left is None:
+            return default
+        value = left()
+        return default if value is None and isinstance(left, weakref.ref) else value
+
+    def forget(self, key: Hashable) -> None:
+        """Forget what left under `key`: it is resident again, or replaced, or deleted."""
+        self._left.pop(key, None)
+
+    def open(self) -> list[tuple[Any, Any]]:
+        """Empty the hand of this thread, and those of threads that ended if there are many.
+
+        Returns
+        -------
+        list of (key, value)
+            What was in them and is not resident.
+        """
+        if not self._held:
+            return []
+        released = [self._held.pop(threading.get_ident(), None)]
+        if len(self._held) > THREADS:
+            released += self._of_ended_threads()
+        return list(self._gone(released))
+
+    def open_ended(self) -> list[tuple[Any, Any]]:
+        """Empty the hands of threads that ended; return as `open` does."""
+        return list(self._gone(self._of_ended_threads()))
+
+    def _of_ended_threads(self) -> list[tuple[Any, Any] | None]:
+        return [self._held.pop(ident) for ident in self._held.keys() - sys._current_frames().keys()]
+
+    def _gone(self, released: list[tuple[Any, Any] | None]) -> Iterator[tuple[Any, Any]]:
+        for hand in released:
+            if hand is None:
+                continue
+            key, value = hand
+            left = self._left.get(key)
+            if left is None or left() is not value:
+                continue
+            if not isinstance(left, weakref.ref):
+                if self._is_held(value):
+                    continue
+                del self._left[key]
+            yield hand
+
+    def alive(self) -> list[tuple[Any, Any]]:
+        """Return all that left and is alive, as pairs of key and value."""
+        pairs = [(key, left()) for key, left in self._left.items()]
+        return [(key, value) for key, value in pairs if value is not None]
+
+    def check(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
+        """Assert every invariant."""
+        assert not self._left.keys() & inmem.keys(), "a resident value has left"
+        assert self._left.keys() <= rows.keys(), "a deleted value has left"

@@ -1,0 +1,74 @@
+"""What a chest was made with."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_AVAILABLE_MEMORY = 1e9  # bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a chest that are not about its serializer.
+
+    Attributes
+    ----------
+    path : str or None
+        The directory, absolute; None for a temporary one, made when a value first leaves memory.
+    namer : callable
+        Key to file name.
+    nbytes : callable
+        Value to bytes.
+    writeback : bool
+        Whether values may change without being set.
+    fsync : bool
+        Whether each commit survives a power cut.
+    readonly : bool
+        Write nothing.
+    on_miss, on_overflow : callable or None
+        Called with a key that is read from disk, or left memory.
+    """
+
+    path: str | None
+    namer: Callable[[Any], str]
+    nbytes: Callable[[Any], int]
+    writeback: bool
+    fsync: bool
+    readonly: bool
+    on_miss: Callable[[Any], object] | None
+    on_overflow: Callable[[Any], object] | None
+
+
+def absolute(path: str | os.PathLike[str] | None) -> str | None:
+    """Return the absolute form of a path that a user gave.
+
+    Raises
+    ------
+    ValueError
+        If it is empty.
+    """
+    if path is None:
+        return None
+    name = os.fspath(path)
+    if not name:
+        raise ValueError("path is empty: give the directory of the chest, or None")
+    return os.path.abspath(name)
+
+
+def budget(available: float | None) -> float:
+    """Return a budget in bytes that a user gave, the default for None.
+
+    Raises
+    ------
+    ValueError
+        If it is negative or not a number.
+    """
+    if available is None:
+        return DEFAULT_AVAILABLE_MEMORY
+    if math.isnan(available) or available < 0:
+        raise ValueError(f"available_memory is {available!r}: it has to be a number of bytes")
+    return available
