@@ -259,7 +259,7 @@ class Chest(MutableMapping[K, V]):
             self._memory.begin("clear the chest")
             self._memory.clear()
 
-    def update(  # type: ignore[override]
+    def update(
         self, other: Any = (), /, overwrite: bool = True, **more: V
     ) -> None:
         """Set the pairs of a mapping, an iterable of pairs or another chest, and keywords.
@@ -435,7 +435,7 @@ class Chest(MutableMapping[K, V]):
             If there is no such key.
         """
         one = isinstance(keys, (str, bytes)) or (isinstance(keys, Hashable) and keys in self)
-        prefetch(self._memory, [keys] if one else keys, self.open_many)  # type: ignore[arg-type,list-item]
+        prefetch(self._memory, [keys] if one else keys, self.open_many)  # type: ignore[arg-type]
 
     # -- disk ------------------------------------------------------------------------------------
 

@@ -60,17 +60,25 @@ class Hands:
         """Forget what left under `key`: it is resident again, or replaced, or deleted."""
         self._left.pop(key, None)
 
-    def open(self) -> list[tuple[Any, Any]]:
+    def open(self, key: Hashable) -> list[tuple[Any, Any]]:
         """Empty the hand of this thread, and those of threads that ended if there are many.
+
+        Parameters
+        ----------
+        key : hashable
+            If this is in hand, it stays there.
 
         Returns
         -------
         list of (key, value)
             What was in them and is not resident.
         """
-        if not self._held:
+        me = threading.get_ident()
+        hand = self._held.get(me)
+        if hand is None or hand[0] == key:
             return []
-        released = [self._held.pop(threading.get_ident(), None)]
+        del self._held[me]
+        released: list[tuple[Any, Any] | None] = [hand]
         if len(self._held) > THREADS:
             released += self._of_ended_threads()
         return list(self._gone(released))

@@ -230,7 +230,7 @@ def _spread(groups: list[tuple[_Group, int]], count: int) -> list[Any]:
     Of many short collections, whole ones are drawn: their parts tell about each other.
     """
     total = sum(size for _, size in groups)
-    if 1 < len(groups) and total <= _RECORD * len(groups):
+    if len(groups) > 1 and total <= _RECORD * len(groups):
         drawn = _spread([((list, groups), len(groups))], count * len(groups) // total or 1)
         return list(chain.from_iterable(base.__iter__(held) for (base, held), _ in drawn))
     step = (total // count << 16) + 40503
@@ -416,7 +416,8 @@ class _Columns(Sequence[Any]):
 
 def _open_frame(frame: Any) -> _Opened:
     dtypes = list(frame.dtypes)
-    numbers = [isinstance(dtype, sys.modules["numpy"].dtype) and dtype.kind != "O" for dtype in dtypes]
+    plain = sys.modules["numpy"].dtype
+    numbers = [isinstance(dtype, plain) and dtype.kind != "O" for dtype in dtypes]
     width = sum(dtype.itemsize for dtype in compress(dtypes, numbers))
     columns = _Columns(frame, [i for i, number in enumerate(numbers) if not number])
     return width * len(frame), [(list, [frame.index, frame.columns]), (_Columns, columns)]
@@ -425,7 +426,9 @@ def _open_frame(frame: Any) -> _Opened:
 def _open_index(index: Any) -> _Opened:
     if hasattr(index, "levels"):
         return sum(codes.nbytes for codes in index.codes), [(list, list(index.levels))]
-    return _open_column(index.array) if index.dtype.kind == "O" else (index.memory_usage(), [])
+    if hasattr(index, "categories"):
+        return _open_column(index.array)
+    return index.memory_usage(), _open_column(index.array)[1] if index.dtype.kind == "O" else []
 
 
 def _open_column(array: Any) -> _Opened:

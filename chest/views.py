@@ -15,7 +15,7 @@ class ChestKeys(KeysView[K]):
     _mapping: Any
 
     def __reversed__(self) -> Iterator[K]:
-        return reversed(self._mapping)
+        return iter(reversed(self._mapping))
 
 
 class ChestValues(ValuesView[V]):

@@ -1,0 +1,385 @@
+"""The values in memory, and how they come there.
+
+A value is *resident* when it is in `inmem`; *dirty* when the disk does not hold it in this form.
+One that is neither resident nor dead may be changed, too: see `chest.hands`.
+
+Reading a value file does not hold the lock, so that values load side by side; one value is loaded
+once, however many threads ask for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Hashable
+from typing import Any, NoReturn
+
+from chest.columns import Entry, is_plain
+from chest.errors import ChestClosedError, CorruptValueError, KeyTypeError, ReadOnlyError
+from chest.eviction import Eviction
+from chest.hands import Hands
+from chest.ledger import UNSAVED, Ledger
+from chest.options import Options
+from chest.serialize import Serializer, UndumpableError, changeable
+from chest.sizes import nbytes as default_nbytes
+from chest.store import Store
+
+logger = logging.getLogger("chest")
+
+PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of these can be"
+
+_MISSING: Any = object()
+
+
+class Closed:
+    """Stands in for the parts of a closed chest: whatever is asked of it raises."""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ChestClosedError(self._path)
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise ChestClosedError(self._path)
+
+
+class Residents:
+    """What of a chest is in memory, and how it comes there.
+
+    Parameters
+    ----------
+    options : Options
+    serializer : Serializer
+    available : float
+        The budget, in bytes.
+
+    Notes
+    -----
+    Every method takes the lock itself, but for those that say that they need it. `inmem`, `mark`,
+    `head` and `seen` may be used without it.
+    """
+
+    def __init__(self, options: Options, serializer: Serializer, available: float) -> None:
+        self.lock = threading.RLock()
+        self.options = options
+        self.serializer = serializer
+        self.available = available
+        self.inmem: dict[Any, Any] = {}
+        self.dirty: dict[Any, None] = {}
+        self.eviction = Eviction()
+        self.mark = self.eviction.marks.add
+        self.head: Any = (0, 0)
+        self.seen = 0
+        self.readonly = options.readonly
+        self.closed = False
+        self.path = options.path
+        self.ledger = Ledger(serializer.trusts_pickle)
+        self._store: Store | None = None
+        self._pid = os.getpid()
+        self._hands = Hands()
+        self._loading: dict[Any, int] = {}
+        self._loaded = threading.Condition(self.lock)
+        self._reported: set[Any] = set()
+        if self.path is not None:
+            self._open_store(self.path)
+
+    @property
+    def store(self) -> Store:
+        """What is on disk; a temporary directory is made now."""
+        return self._store or self._open_store(tempfile.mkdtemp(".chest"))
+
+    def _open_store(self, path: str) -> Store:
+        store = Store(path, self.serializer, self.options)
+        store.ledger.inherit(self.ledger)
+        self.path, self._store, self.readonly = path, store, store.readonly
+        self._look(store)
+        return store
+
+    # -- other handles ---------------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Take in what another handle on the directory committed."""
+        with self.lock:
+            if self.head[1] != self.seen:
+                self._absorb(self.store.catch_up())
+
+    def _look(self, store: Store) -> None:
+        """Take over what `store` has new."""
+        self.ledger = store.ledger
+        self.head, self.seen = store.index.head, store.index.seen
+
+    def _absorb(self, changed: dict[Any, int]) -> None:
+        """Bring memory in line with keys that others replaced or deleted."""
+        self._look(self.store)
+        for key, digest in changed.items():
+            value = self._in_memory(key)
+            if key in self.dirty:
+                keep = True
+            elif value is _MISSING or not self._differs(value, digest):
+                keep = False
+            else:
+                keep = True
+                self._revive(key, value)
+            if keep and key not in self.ledger.rows:
+                self.ledger.add(key)
+            if not keep:
+                self._forget(key)
+
+    # -- values that come ------------------------------------------------------------------------
+
+    def begin(self, action: str | None = None, key: Any = _MISSING) -> None:
+        """Start an operation of this thread: settle its last one, and catch up; needs the lock.
+
+        Parameters
+        ----------
+        action : str or None
+            What is going to be changed.
+        key : hashable
+            What is asked for; if that is in hand, it stays there.
+        """
+        if self.head[1] != self.seen:
+            self.catch_up()
+        if self.readonly and action is not None:
+            raise ReadOnlyError(str(self.path), action)
+        released = self._hands.open(key)
+        if released:
+            self._settle(released)
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
+        if key not in self.ledger.rows:
+            if not self.serializer.trusts_pickle and not is_plain(key):
+                raise KeyTypeError(key, f"only {PLAIN_KEYS}, when the values are not pickles")
+            self.ledger.add(key)
+        uses = self.eviction.uses(key)
+        self.dirty[key] = None
+        self.inmem[key] = value
+        self.eviction.discard(key)
+        self.eviction.enroll(key, size, max(uses, 1))
+        self._hands.forget(key)
+        if changeable(value):
+            self._hands.hold(key, value)
+
+    def fetch(self, key: Hashable, *, uses: int = 0, stream: bool = False) -> Any:
+        """Return the value of a key, from wherever it is.
+
+        Parameters
+        ----------
+        key : hashable
+        uses : int
+            How often it counts as used when it has to be read.
+        stream : bool
+            Make it resident only where nothing has to leave for it.
+
+        Raises
+        ------
+        KeyError
+            If there is no such key.
+        CorruptValueError, SerializerError
+        """
+        with self.lock:
+            self.begin(key=key)
+        while True:
+            entry = self._begin_load(key)
+            if not isinstance(entry, Entry):
+                return entry[0]
+            try:
+                value = self._load(key, entry)
+                size = self.measure(value)
+            finally:
+                self._end_load(key)
+            with self.lock:
+                row = self.ledger.rows.get(key, UNSAVED)
+                if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
+                    self._admit(key, value, size, uses, stream)
+                    return value
+
+    def _begin_load(self, key: Hashable) -> Entry | tuple[Any]:
+        """Return where to read the value from, or the value itself in a tuple."""
+        me = threading.get_ident()
+        with self.lock:
+            while True:
+                if key in self.inmem:
+                    self.mark(key)
+                    return (self.inmem[key],)
+                value = self._hands.get(key, _MISSING)
+                if value is not _MISSING:
+                    self._admit(key, value, self.measure(value), 0, stream=False)
+                    return (value,)
+                row = self.ledger.rows.get(key)
+                if row is None:
+                    raise KeyError(key)
+                if self._loading.setdefault(key, me) == me:
+                    return self.ledger.entry(row)
+                self._loaded.wait()
+
+    def _load(self, key: Hashable, entry: Entry) -> Any:
+        if self.options.on_miss is not None:
+            self.options.on_miss(key)
+        try:
+            return self.store.read(key, entry)
+        except CorruptValueError:
+            with self.lock:
+                self.catch_up()
+                row = self.ledger.rows.get(key, UNSAVED)
+                if row != UNSAVED and self.ledger.entry(row) == entry:
+                    raise
+            return None  # another handle replaced it meanwhile: the caller looks again
+
+    def _end_load(self, key: Hashable) -> None:
+        with self.lock:
+            self._loading.pop(key, None)
+            self._loaded.notify_all()
+
+    def _admit(self, key: Hashable, value: Any, size: int, uses: int, stream: bool) -> None:
+        """Make a stored value resident if it may be, and put it in this thread's hand."""
+        room = self.available - self.eviction.total if stream else self.available
+        if size <= room:
+            self._hands.forget(key)
+            self.inmem[key] = value
+            self.eviction.enroll(key, size, uses)
+            self._make_room()
+        if key not in self.inmem:
+            self._hands.hold(key, value)
+            self._hands.leave(key, value)
+        elif changeable(value):
+            self._hands.hold(key, value)
+
+    def offer(self, key: Hashable, entry: Entry, value: Any) -> None:
+        """Make a value resident that was read from `entry`, unless that is history."""
+        size = self.measure(value)
+        with self.lock:
+            row = self.ledger.rows.get(key, UNSAVED)
+            if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
+                self._admit(key, value, size, uses=1, stream=False)
+
+    def has(self, key: Hashable) -> bool:
+        """Tell whether there is such a key."""
+        if self.head[1] != self.seen:
+            self.catch_up()
+        return key in self.ledger.rows
+
+    def stores_like(self, other: Residents) -> bool:
+        """Tell whether files of one chest can be files of the other."""
+        mine, theirs = self.serializer, other.serializer
+        return (mine.name, mine.load, mine.open) == (theirs.name, theirs.load, theirs.open)
+
+    def holds(self, key: Hashable, value: Any) -> bool:
+        """Tell whether `value` is the value of `key`, resident or left."""
+        return key in self.ledger.rows and self._in_memory(key) is value
+
+    def measure(self, value: Any) -> int:
+        """Return the size of a value in bytes; a size function that fails is told of once."""
+        try:
+            size = self.options.nbytes(value)
+            if type(size) is int and size >= 0:
+                return size
+            if math.isfinite(size) and size >= 0:
+                return int(size)
+            raise ValueError(f"{size!r} is no number of bytes")
+        except Exception as error:  # noqa: BLE001 -- theirs may do anything; no set fails for it
+            kind = type(value)
+            message = "the size of a %s is only estimated: %r"
+            self._say_once(("nbytes", kind), message, kind.__name__, error)
+        if self.options.nbytes is default_nbytes:
+            return sys.getsizeof(value, 64)
+        try:
+            return default_nbytes(value)
+        except Exception:  # noqa: BLE001 -- a sizer that was registered may do anything as well
+            return sys.getsizeof(value, 64)
+
+    # -- values that may have changed ------------------------------------------------------------
+
+    def _settle(self, released: list[tuple[Any, Any]]) -> None:
+        """Make those values resident and dirty that changed while they were in hand."""
+        revived = [pair for pair in released if self._differs(pair[1], self.ledger.digest(pair[0]))]
+        for key, value in revived:
+            self._revive(key, value)
+        if revived:
+            self._make_room()
+
+    def _revive(self, key: Hashable, value: Any) -> None:
+        """Make a value that changed in place resident and dirty."""
+        self.dirty[key] = None
+        if key not in self.inmem:
+            self._hands.forget(key)
+            self.inmem[key] = value
+            self.eviction.enroll(key, self.measure(value))
+
+    def _revive_changed(self) -> None:
+        """Find every value that changed in place, in memory and alive elsewhere."""
+        for key in [key for key in self.inmem if key not in self.dirty]:
+            self._must_write(key)
+        for key, value in self._hands.alive():
+            if self._differs(value, self.ledger.digest(key)):
+                self._revive(key, value)
+
+    def _in_memory(self, key: Hashable) -> Any:
+        """Return the value of a key that is resident or alive elsewhere, `_MISSING` if none is."""
+        return self.inmem[key] if key in self.inmem else self._hands.get(key, _MISSING)
+
+    def _differs(self, value: Any, digest: int) -> bool:
+        """Tell whether a clean value is not what was stored with `digest`."""
+        if not self.options.writeback or self.readonly or not changeable(value):
+            return False
+        size = self.measure(value)
+        try:
+            now = self.serializer.digest(value, size)
+            if now is None:
+                staged = self.store.stage(value, size)
+                os.unlink(staged.path)
+                now = staged.digest
+        except (UndumpableError, OSError):
+            return True  # who writes it will be told
+        return now != digest
+
+    def _must_write(self, key: Hashable) -> bool:
+        if key in self.dirty:
+            return True
+        changed = self._differs(self.inmem[key], self.ledger.digest(key))
+        if changed:
+            self.dirty[key] = None
+        return changed
+
+    # -- keys that go ----------------------------------------------------------------------------
+
+    def delete(self, key: Hashable) -> None:
+        """Delete a key without reading its value; needs the lock."""
+        self.ledger.delete(key)
+        self._forget(key)
+
+    def _forget(self, key: Hashable) -> None:
+        self.dirty.pop(key, None)
+        self.inmem.pop(key, None)
+        self.eviction.discard(key)
+        self._hands.forget(key)
+
+    def clear(self) -> None:
+        """Delete every key without reading a value; needs the lock."""
+        self.ledger.clear()
+        self.dirty, self.inmem, self._hands = {}, {}, Hands()
+        self.eviction = Eviction()
+        self.mark = self.eviction.marks.add
+
+    # -- for the subclass ------------------------------------------------------------------------
+
+    def shrink(self) -> None:
+        """Spill until the values in memory take no more than the budget."""
+        raise NotImplementedError
+
+    def _make_room(self) -> None:
+        """Make room as far as the disk lets us: a read never fails for the lack of it."""
+        try:
+            self.shrink()
+        except OSError as error:
+            self._say_once(("disk", error.errno), "values stay in memory: %s", error)
+
+    def _say_once(self, what: Hashable, message: str, *args: object) -> None:
+        level = logging.DEBUG if what in self._reported else logging.WARNING
+        self._reported.add(what)
+        logger.log(level, message, *args)
