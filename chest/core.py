@@ -171,13 +171,13 @@ class Chest(MutableMapping[K, V]):
         if memory.head[1] != memory.seen:
             memory.catch_up()
         try:
-            value: V = memory.inmem[key]
+            value: V = memory.fixed[key]
         except KeyError:
             pass
         else:
             memory.mark(key)
             return value
-        return memory.fetch(key)  # type: ignore[no-any-return]
+        return memory.get(key)  # type: ignore[no-any-return]
 
     def __setitem__(self, key: K, value: V) -> None:
         self._memory.set(key, value)

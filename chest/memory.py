@@ -18,7 +18,7 @@ from chest.errors import ChestClosedError, KeyTypeError, ReadOnlyError, UnsavedE
 from chest.hands import Hands
 from chest.ledger import UNSAVED
 from chest.residents import Closed, Residents
-from chest.serialize import UndumpableError
+from chest.serialize import UndumpableError, can_grow
 from chest.store import Staged
 
 logger = logging.getLogger("chest")
@@ -85,9 +85,7 @@ class Memory(Residents):
             if key in unsaved:
                 self.eviction.set_aside(key, self.eviction.discard(key))
             elif key in self.inmem and key not in self.dirty:
-                value = self.inmem.pop(key)
-                self.eviction.discard(key)
-                self._hands.leave(key, value)
+                self._hands.leave(key, self._leave(key))
             elif key in self.inmem:
                 self.eviction.stay([key])
         if self.options.on_overflow is not None:
@@ -280,7 +278,7 @@ class Memory(Residents):
             self._store.close()
         self.head, self.seen = (0, 0), 0
         closed: Any = Closed(self.path)
-        self.inmem = self.ledger = self.eviction = self.mark = closed
+        self.inmem = self.fixed = self.ledger = self.eviction = self.mark = closed
         self.dirty, self._hands = {}, Hands()
 
     # -- for tests -------------------------------------------------------------------------------
@@ -290,6 +288,8 @@ class Memory(Residents):
         with self.lock:
             rows = self.ledger.rows
             self.eviction.check(self.inmem)
+            fixed = {key: id(value) for key, value in self.inmem.items() if not can_grow(value)}
+            assert {key: id(value) for key, value in self.fixed.items()} == fixed, "not found quickly"
             assert self.dirty.keys() <= self.inmem.keys(), "a dirty value is not resident"
             assert self.inmem.keys() <= rows.keys(), "a resident value has no key"
             unsaved = {key for key, row in rows.items() if row == UNSAVED}

@@ -24,13 +24,14 @@ from chest.eviction import Eviction
 from chest.hands import Hands
 from chest.ledger import UNSAVED, Ledger
 from chest.options import Options
-from chest.serialize import Serializer, UndumpableError, changeable
+from chest.serialize import Serializer, UndumpableError, can_grow, changeable
 from chest.sizes import nbytes as default_nbytes
 from chest.store import Store
 
 logger = logging.getLogger("chest")
 
 PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of these can be"
+TOUCHES = 64  # how often a value is handed out between two looks at its size
 
 _MISSING: Any = object()
 
@@ -70,6 +71,8 @@ class Residents:
         self.serializer = serializer
         self.available = available
         self.inmem: dict[Any, Any] = {}
+        self.fixed: dict[Any, Any] = {}  # of these the values that cannot grow
+        self._touched: dict[Any, tuple[int, int]] = {}  # of the others
         self.dirty: dict[Any, None] = {}
         self.eviction = Eviction()
         self.mark = self.eviction.marks.add
@@ -158,12 +161,55 @@ class Residents:
             self.ledger.add(key)
         uses = self.eviction.uses(key)
         self.dirty[key] = None
-        self.inmem[key] = value
-        self.eviction.discard(key)
-        self.eviction.enroll(key, size, max(uses, 1))
-        self._hands.forget(key)
+        self._leave(key)
+        self._enter(key, value, size, max(uses, 1))
         if changeable(value):
             self._hands.hold(key, value)
+
+    def _enter(self, key: Hashable, value: Any, size: int, uses: int) -> None:
+        """Make a value resident."""
+        self._hands.forget(key)
+        self.inmem[key] = value
+        if not can_grow(value):
+            self.fixed[key] = value
+        self.eviction.enroll(key, size, uses)
+
+    def _leave(self, key: Hashable) -> Any:
+        """Let go of a value, if it is resident, and return it."""
+        self.fixed.pop(key, None)
+        self._touched.pop(key, None)
+        value = self.inmem.pop(key, _MISSING)
+        self.eviction.discard(key)
+        return value
+
+    def get(self, key: Hashable) -> Any:
+        """Return the value of a key; where it is resident, without a lock."""
+        value = self.inmem.get(key, _MISSING)
+        if value is _MISSING:
+            return self.fetch(key)
+        self.mark(key)
+        size, touches = self._touched.get(key, (_shallow_size(value), 0))
+        if touches == TOUCHES or size != _shallow_size(value):
+            self._measure_again(key, value)
+        else:
+            self._touched[key] = (size, touches + 1)
+        return value
+
+    def _measure_again(self, key: Hashable, value: Any) -> None:
+        """Count a value that is in use with the size that it has by now."""
+        size = self.measure(value)
+        with self.lock:
+            self.begin(key=key)
+            if self.inmem.get(key, _MISSING) is not value:
+                return
+            if len(self._touched) > 2 * len(self.inmem) + TOUCHES:  # left by threads that raced
+                self._touched = {}
+            self._touched.pop(key, None)
+            uses = self.eviction.uses(key)
+            self.eviction.discard(key)
+            self.eviction.enroll(key, size, uses)
+            self._hands.hold(key, value)
+            self._make_room()
 
     def fetch(self, key: Hashable, *, uses: int = 0, stream: bool = False) -> Any:
         """Return the value of a key, from wherever it is.
@@ -240,9 +286,7 @@ class Residents:
         """Make a stored value resident if it may be, and put it in this thread's hand."""
         room = self.available - self.eviction.total if stream else self.available
         if size <= room:
-            self._hands.forget(key)
-            self.inmem[key] = value
-            self.eviction.enroll(key, size, uses)
+            self._enter(key, value, size, uses)
             self._make_room()
         if key not in self.inmem:
             self._hands.hold(key, value)
@@ -307,9 +351,7 @@ class Residents:
         """Make a value that changed in place resident and dirty."""
         self.dirty[key] = None
         if key not in self.inmem:
-            self._hands.forget(key)
-            self.inmem[key] = value
-            self.eviction.enroll(key, self.measure(value))
+            self._enter(key, value, self.measure(value), 1)
 
     def _revive_changed(self) -> None:
         """Find every value that changed in place, in memory and alive elsewhere."""
@@ -355,14 +397,14 @@ class Residents:
 
     def _forget(self, key: Hashable) -> None:
         self.dirty.pop(key, None)
-        self.inmem.pop(key, None)
-        self.eviction.discard(key)
+        self._leave(key)
         self._hands.forget(key)
 
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
         self.ledger.clear()
-        self.dirty, self.inmem, self._hands = {}, {}, Hands()
+        self.fixed, self.inmem, self.dirty = {}, {}, {}
+        self._touched, self._hands = {}, Hands()
         self.eviction = Eviction()
         self.mark = self.eviction.marks.add
 
@@ -383,3 +425,10 @@ class Residents:
         level = logging.DEBUG if what in self._reported else logging.WARNING
         self._reported.add(what)
         logger.log(level, message, *args)
+
+
+def _shallow_size(value: Any) -> int:
+    """Return what tells at once that a container grew; 0 where nothing does."""
+    if type(value) in (list, dict, set, bytearray):
+        return sys.getsizeof(value)
+    return 0

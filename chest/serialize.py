@@ -96,6 +96,12 @@ def changeable(value: object) -> bool:
     return not _is_frozen_array(value)
 
 
+def can_grow(value: object) -> bool:
+    """Tell whether `value` could come to take more memory without being assigned anew."""
+    numpy = sys.modules.get("numpy")
+    return changeable(value) and not (numpy and type(value) is numpy.ndarray)
+
+
 def _is_frozen_array(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
     if numpy is None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain, compress, islice
-from math import frexp
+from math import frexp, gcd
 from sys import getrefcount, getsizeof
 from threading import RLock
 from typing import Any, Protocol, TypeVar, cast, overload
@@ -45,6 +45,8 @@ _TINY = 1024  # bytes up to which finding out what is shared costs more than it 
 
 _Keys: type = type({}.keys())
 _Values: type = type({}.values())
+# Made from the address, like id, which raises an audit event: half a microsecond with any audit hook.
+_identity = object.__hash__
 _registered: dict[type, _Sizer] = {}
 _plain: dict[type, _Sizer] = {}  # types without parts, sized by a C function that cannot fail
 _lock = RLock()  # a finalizer may size something in the midst of it
@@ -176,7 +178,7 @@ def _pairs(value: dict[Any, Any]) -> int:
 
 def _walk(value: Any) -> int:
     total, budget = 0.0, _BUDGET
-    seen = {id(value): value}  # holds on to what it has seen, so that no id is used again
+    seen = {_identity(value): value}  # holds on to it, so that no identity is used again
     strata: list[_Stratum] = [([value], 1.0)]
     while strata:
         opened = []
@@ -226,25 +228,30 @@ def _draw(groups: list[_Group], count: int) -> Iterator[_Stratum]:
 def _spread(groups: list[tuple[_Group, int]], count: int) -> list[Any]:
     """Draw at one distance throughout, as if the collections lay end to end.
 
-    The distance (in 1/65536) ends in the golden ratio, to fall in step with no period in the data.
-    Of many short collections, whole ones are drawn: their parts tell about each other.
+    It has to fall in step with no period in the data: a large distance shares no small factor
+    with any, a small one (in 1/65536) ends in the golden ratio. Of many short collections, whole
+    ones are drawn: their parts tell about each other.
     """
     total = sum(size for _, size in groups)
     if len(groups) > 1 and total <= _RECORD * len(groups):
         drawn = _spread([((list, groups), len(groups))], count * len(groups) // total or 1)
         return list(chain.from_iterable(base.__iter__(held) for (base, held), _ in drawn))
-    step = (total // count << 16) + 40503
+    bits, step = 16, (total // count << 16) + 40503
+    if total > 100 * count:
+        bits, step = 0, next(n for n in range(total // count, total) if gcd(n, 30030) == 1)
     start = step // 2
     drawn = []
     for group, size in groups:
-        spots = range(start, size << 16, step)
-        start += len(spots) * step - (size << 16)
+        spots = range(start, size << bits, step)
+        start += len(spots) * step - (size << bits)
         if spots:
-            drawn += _pick(*group, size, [spot >> 16 for spot in spots])
+            drawn += _pick(*group, size, [spot >> bits for spot in spots] if bits else spots)
     return drawn
 
 
-def _pick(base: Any, held: Any, size: int, places: list[int]) -> list[Any]:
+def _pick(base: Any, held: Any, size: int, places: Sequence[int]) -> list[Any]:
+    if isinstance(places, range) and base in (list, tuple):
+        return list(base.__getitem__(held, slice(places.start, None, places.step)))
     if hasattr(base, "__getitem__") and base is not deque:
         return list(map(partial(base.__getitem__, held), places))
     if size <= _LISTED:
@@ -264,24 +271,25 @@ def _unshared(parts: list[Any], weight: float, seen: dict[int, Any]) -> list[_St
     drawn for, divided by all references to it; and, if drawn once, how seldom the sample met others
     twice (Chao 1984, Nonparametric estimation of the number of classes in a population).
     """
-    ids = list(map(id, parts))
+    ids = list(map(_identity, parts))
     different = dict(zip(ids, parts, strict=True))
     if len(different) == len(parts) and seen.keys().isdisjoint(ids):
         seen.update(different)
         return [(parts, weight)]
     times = Counter(ids)
     references = dict(zip(ids, map(getrefcount, parts), strict=True))
-    twice, once = (sum(n == often for n in times.values()) for often in (2, 1))
-    chao = 1 + once / (2 * twice) if twice else weight
-    alike: dict[int, list[tuple[Any, float]]] = {}  # in powers of two
+    often = Counter(times.values())
+    least = min(1 + often[1] / (2 * often[2]), weight) if often[2] else weight
+    alike: dict[int, tuple[list[Any], list[float]]] = {}  # parts of about the same weight
     for key in different.keys() - seen.keys():
         drawn = times[key]
-        elsewhere = references[key] - _COUNTING - drawn - 1  # but for `parts` and `different`
-        stands = drawn * weight / max(elsewhere, 1)
-        stands = min(weight, max(chao, stands)) if drawn == 1 else max(1.0, stands)
-        alike.setdefault(frexp(stands)[1], []).append((different[key], stands))
+        elsewhere = references[key] - _COUNTING - drawn - 1  # not in `parts` and `different`
+        stands = max(drawn * weight / max(elsewhere, 1), least if drawn == 1 else 1.0)
+        some = alike.setdefault(frexp(stands)[1], ([], []))
+        some[0].append(different[key])
+        some[1].append(stands)
     seen.update(different)
-    return [([p for p, _ in some], sum(w for _, w in some) / len(some)) for some in alike.values()]
+    return [(some, sum(weights) / len(some)) for some, weights in alike.values()]
 
 
 # What is known about types: what a value itself takes, and where its parts are.
