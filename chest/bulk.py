@@ -10,10 +10,9 @@ from typing import IO, Any
 
 from chest.columns import Entry
 from chest.directory import remove_quietly
-from chest.errors import UnsavedError
+from chest.errors import CorruptValueError, UnsavedError
 from chest.ledger import UNSAVED
 from chest.memory import Memory
-from chest.serialize import UNKNOWN
 from chest.store import Staged
 
 MAX_OPEN_FILES = 512
@@ -33,9 +32,7 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
     """
     wanted = _fitting(memory, keys)
     if open_many is None:
-        with ThreadPoolExecutor(THREADS) as pool:
-            for _ in pool.map(lambda pair: memory.fetch(pair[0], uses=1), wanted):
-                pass
+        _read_in_threads(memory, wanted)
         return
     while batch := wanted[:MAX_OPEN_FILES]:
         del wanted[:MAX_OPEN_FILES]
@@ -43,6 +40,20 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
         with open_many(paths, mode="rb") as files:
             for (key, entry), file in zip(batch, files, strict=True):
                 memory.offer(key, entry, memory.store.read(key, entry, file))
+
+
+def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
+    """Read in threads what this one takes in, which may hold the lock."""
+    read = memory.store.read
+    with ThreadPoolExecutor(THREADS) as pool:
+        while batch := wanted[: 4 * THREADS]:
+            del wanted[: 4 * THREADS]
+            loads = [pool.submit(read, key, entry) for key, entry in batch]
+            for (key, entry), load in zip(batch, loads, strict=True):
+                try:
+                    memory.offer(key, entry, load.result())
+                except CorruptValueError:
+                    memory.fetch(key)  # damaged, or replaced by another handle
 
 
 def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:
@@ -56,9 +67,11 @@ def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:
             if row == UNSAVED or key in memory.inmem:
                 continue
             entry = memory.ledger.entry(row)
-        room -= 0 if entry.length == UNKNOWN else entry.length
+        room -= entry.length
         if room < 0:
             break
+        if memory.options.on_miss is not None:
+            memory.options.on_miss(key)
         chosen.append((key, entry))
     return chosen
 

@@ -63,7 +63,7 @@ class Block:
         lengths: Packed,
         digests: Packed,
     ) -> None:
-        self.keys = Keys(*keys)
+        self.keys = _keys(*keys)
         n = len(self.keys.plain) + len(self.keys.pickled)
         self.lengths = _unpack(lengths)
         self.digests = _unpack(digests)
@@ -96,8 +96,8 @@ class Frame(NamedTuple):
         All that was there before goes.
     serializer : (str, bool or None) or None
         The name of what wrote the values, and whether that writes text.
-    left : list of str
-        Obsolete files of earlier commits that could not be removed yet.
+    left : list of Entry
+        Obsolete values of earlier commits whose files could not be removed yet.
     deleted : Keys
     blocks : list of Block
     """
@@ -105,7 +105,7 @@ class Frame(NamedTuple):
     first: bool
     cleared: bool
     serializer: tuple[str, bool | None] | None
-    left: list[str]
+    left: list[Entry]
     deleted: Keys
     blocks: list[Block]
 
@@ -132,7 +132,10 @@ def is_plain(key: Hashable) -> bool:
     kind = type(key)
     if kind in _ATOMS:
         return True
-    return (kind is tuple or kind is frozenset) and all(map(is_plain, key))  # type: ignore[call-overload]
+    try:
+        return (kind is tuple or kind is frozenset) and all(map(is_plain, key))  # type: ignore[call-overload]
+    except RecursionError:  # nested so deeply that no pickle takes it either
+        return False
 
 
 def encode(
@@ -141,13 +144,13 @@ def encode(
     first: bool = False,
     cleared: bool = False,
     serializer: tuple[str, bool | None] | None = None,
-    left: Iterable[str] = (),
+    left: Iterable[Entry] = (),
     deleted: Iterable[Hashable] = (),
 ) -> bytes:
     """Return the payload of a frame; `puts` are keys with their serials and entries."""
     blocks = [_encode_block(puts)] if puts else []
     keys = tuple(Keys.of(deleted))
-    return pickle.dumps((first, cleared, serializer, list(left), keys, blocks), 5)
+    return pickle.dumps((first, cleared, serializer, [*map(tuple, left)], keys, blocks), 5)
 
 
 def _encode_block(puts: list[tuple[Any, int, Entry]]) -> tuple[Any, ...]:
@@ -176,12 +179,25 @@ def decode(payload: bytes) -> Frame:
     """
     try:
         first, cleared, serializer, left, deleted, blocks = _Plain(io.BytesIO(payload)).load()
+        if serializer is not None:
+            name, text = serializer
+            serializer = str(name), text
         made = [Block(*block) for block in blocks]
-        return Frame(first, cleared, serializer, left, Keys(*deleted), made)
+        return Frame(
+            bool(first), bool(cleared), serializer, [Entry(*e) for e in left], _keys(*deleted), made
+        )
     except FrameError:
         raise
     except Exception as error:  # content made by hand can raise nearly anything
         raise FrameError(f"it cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _keys(plain: list[Any], pickled: list[bytes]) -> Keys:
+    if not {*map(type, plain)} <= _ATOMS and not all(map(is_plain, plain)):
+        raise FrameError("it has a key that is not plain")
+    if not {*map(type, pickled)} <= {bytes}:
+        raise FrameError("it has a key that is not a pickle")
+    return Keys(plain, pickled)
 
 
 def named_files(payload: bytes) -> list[str]:

@@ -212,18 +212,17 @@ class Chest(MutableMapping[K, V]):
     def pop(self, key: K, default: T, /) -> V | T: ...
     def pop(self, key: K, default: Any = _MISSING, /) -> Any:
         """Remove `key` and return its value, or `default` if there is no such key."""
-        while True:
-            try:
-                value = self[key]
-            except KeyError:
-                if default is _MISSING:
-                    raise
-                return default
+        try:
+            self[key]  # so that a read does not hold the lock
             with self.lock:
                 self._memory.begin("pop a key")
-                if self._memory.holds(key, value):
-                    self._memory.delete(key)
-                    return value
+                value = self[key]
+                self._memory.delete(key)
+        except KeyError:
+            if default is _MISSING:
+                raise
+            return default
+        return value
 
     def popitem(self) -> tuple[K, V]:
         """Remove and return the pair whose key was set last.
@@ -386,7 +385,7 @@ class Chest(MutableMapping[K, V]):
     @available_memory.setter
     def available_memory(self, available: float | None) -> None:
         self._memory.available = budget(available)
-        self._memory.shrink()
+        self._memory.make_room()
 
     def shrink(self) -> None:
         """Spill until the values in memory take no more than `available_memory`.
@@ -396,7 +395,7 @@ class Chest(MutableMapping[K, V]):
         OSError
             If the disk refuses; what could not be written stays in memory.
         """
-        self._memory.shrink()
+        self._memory.make_room()
 
     def move_to_disk(self, key: K) -> None:
         """Write the value of `key` if need be, and let it go from memory.
@@ -434,8 +433,10 @@ class Chest(MutableMapping[K, V]):
         KeyError
             If there is no such key.
         """
-        one = isinstance(keys, (str, bytes)) or (isinstance(keys, Hashable) and keys in self)
-        prefetch(self._memory, [keys] if one else keys, self.open_many)  # type: ignore[arg-type]
+        one = not isinstance(keys, Iterable) or isinstance(keys, (str, bytes))
+        if one or (isinstance(keys, Hashable) and keys in self):
+            keys = [keys]  # type: ignore[list-item]
+        prefetch(self._memory, keys, self.open_many)  # type: ignore[arg-type]
 
     # -- disk ------------------------------------------------------------------------------------
 

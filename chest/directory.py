@@ -91,9 +91,7 @@ class Directory:
         for suffix in _suffixes():
             name = parent + slash + last + suffix
             full = os.path.join(self.path, name)
-            if _is_in(name, taken):
-                continue
-            if not os.path.lexists(full):
+            if not _is_in(name, taken) and not self._exists(name):
                 os.mkdir(full, 0o700)
             if os.path.isdir(full) and not os.path.islink(full):
                 return name
@@ -113,6 +111,8 @@ class Directory:
 
     def _remove(self, name: str) -> bool:
         full = self.full_path(name)
+        if self._leads_out(name):
+            return True  # it is somebody else's by now
         try:
             os.unlink(full)
         except FileNotFoundError:
@@ -123,6 +123,12 @@ class Directory:
         while folder != self.path and _remove_folder(folder):
             folder = os.path.dirname(folder)
         return True
+
+    def _leads_out(self, name: str) -> bool:
+        """Tell whether a folder on the way to a file is a link."""
+        folders = name.split("/")[:-1]
+        ways = ("/".join(folders[: n + 1]) for n in range(len(folders)))
+        return any(os.path.islink(os.path.join(self.path, way)) for way in ways)
 
     def remove_staging(self, *, every: bool = False) -> None:
         """Remove the staging files that others abandoned, or all of them."""

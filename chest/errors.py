@@ -132,7 +132,7 @@ class CorruptValueError(ChestError):
 
 
 class SerializerError(ChestError):
-    """An undamaged value that this chest's ``load`` cannot read.
+    """A value that was written with another serializer, or that ``load`` refuses.
 
     Parameters
     ----------
@@ -166,8 +166,8 @@ class SerializerError(ChestError):
     def __str__(self) -> str:
         writers = ", ".join(self.written_with) or "an unknown serializer"
         return (
-            f"the value of key {self.key!r} in {self.path} is undamaged but cannot be loaded "
-            f"with {self.serializer} ({self.reason}): this chest was written with {writers}; "
+            f"the value of key {self.key!r} in {self.path} cannot be loaded with "
+            f"{self.serializer} ({self.reason}): this chest was written with {writers}; "
             "open it with the dump, load and open that wrote it"
         )
 

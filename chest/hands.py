@@ -1,9 +1,9 @@
 """Values that are not resident and still alive: in somebody's hand, or referred to elsewhere.
 
-What a thread set or was handed last is in its *hand* until its next operation, so that
-``c.setdefault('k', []).append(3)`` counts although the list leaves memory before it is appended
-to. Other values that left memory are remembered by weak references, where their type allows it.
-Either kind comes back as the same object, and may have changed meanwhile.
+What a thread set or was handed last is in its *hand* until it sets or is handed another value, so
+that ``c.setdefault('k', []).append(3)`` counts although the list leaves memory before it is
+appended to. Other values that left memory are remembered by weak references, where their type
+allows it. Either kind comes back as the same object, and may have changed meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Hands:
 
     Notes
     -----
-    Everything is called under the lock of the chest.
+    Everything but `try_hold` is called under the lock of the chest.
     """
 
     def __init__(self) -> None:
@@ -31,9 +31,36 @@ class Hands:
         self._left: dict[Any, Callable[[], Any]] = {}
         self._limit = REFERENCES
 
-    def hold(self, key: Hashable, value: Any) -> None:
-        """Put a value in the hand of this thread, which has to be empty."""
-        self._held[threading.get_ident()] = (key, value)
+    def hold(self, key: Hashable, value: Any) -> list[tuple[Any, Any]]:
+        """Put a value in the hand of this thread.
+
+        Returns
+        -------
+        list of (key, value)
+            What was in the hand before and is not resident; also what was in the hands of threads
+            that ended, if there are many.
+        """
+        me = threading.get_ident()
+        released = [self._held.pop(me, None)]
+        self._held[me] = (key, value)
+        if len(self._held) > THREADS:
+            released += self._of_ended_threads()
+        return list(self._gone(released)) if self._left else []
+
+    def try_hold(self, key: Hashable, value: Any) -> bool:
+        """Put a resident value in the hand of this thread, without the lock.
+
+        Returns
+        -------
+        bool
+            False if what is in the hand has to be looked at before; nothing is done then.
+        """
+        me = threading.get_ident()
+        hand = self._held.get(me)
+        if hand is not None and hand[0] in self._left:
+            return False
+        self._held[me] = (key, value)
+        return True
 
     def leave(self, key: Hashable, value: Any) -> None:
         """Remember that a value is not resident, as long as it is alive."""
@@ -46,7 +73,7 @@ class Hands:
             self._limit = max(REFERENCES, 2 * len(self._left))
 
     def _is_held(self, value: Any) -> bool:
-        return any(held is value for _, held in self._held.values())
+        return any(held is value for _, held in list(self._held.values()))
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         """Return the value that left under `key`, `default` if there is none alive."""
@@ -60,41 +87,15 @@ class Hands:
         """Forget what left under `key`: it is resident again, or replaced, or deleted."""
         self._left.pop(key, None)
 
-    def open(self, key: Hashable) -> list[tuple[Any, Any]]:
-        """Empty the hand of this thread, and those of threads that ended if there are many.
-
-        Parameters
-        ----------
-        key : hashable
-            If this is in hand, it stays there.
-
-        Returns
-        -------
-        list of (key, value)
-            What was in them and is not resident.
-        """
-        me = threading.get_ident()
-        hand = self._held.get(me)
-        if hand is None or hand[0] == key:
-            return []
-        del self._held[me]
-        released: list[tuple[Any, Any] | None] = [hand]
-        if len(self._held) > THREADS:
-            released += self._of_ended_threads()
-        return list(self._gone(released))
-
     def open_ended(self) -> list[tuple[Any, Any]]:
-        """Empty the hands of threads that ended; return as `open` does."""
+        """Empty the hands of threads that ended; return as `hold` does."""
         return list(self._gone(self._of_ended_threads()))
 
     def _of_ended_threads(self) -> list[tuple[Any, Any] | None]:
         return [self._held.pop(ident) for ident in self._held.keys() - sys._current_frames().keys()]
 
     def _gone(self, released: list[tuple[Any, Any] | None]) -> Iterator[tuple[Any, Any]]:
-        for hand in released:
-            if hand is None:
-                continue
-            key, value = hand
+        for key, value in filter(None, released):
             left = self._left.get(key)
             if left is None or left() is not value:
                 continue
@@ -102,7 +103,7 @@ class Hands:
                 if self._is_held(value):
                     continue
                 del self._left[key]
-            yield hand
+            yield key, value
 
     def alive(self) -> list[tuple[Any, Any]]:
         """Return all that left and is alive, as pairs of key and value."""

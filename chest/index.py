@@ -22,7 +22,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from zlib import crc32
 
@@ -123,7 +123,11 @@ class Index:
             head = memoryview(bytearray(HEAD))
         else:
             access = mmap.ACCESS_READ if self._readonly else mmap.ACCESS_WRITE
-            head = memoryview(mmap.mmap(file.fileno(), HEAD, access=access))
+            try:
+                head = memoryview(mmap.mmap(file.fileno(), HEAD, access=access))
+            except BaseException:
+                file.close()
+                raise
         # The old map is let go of, never closed: another thread may be looking at it.
         self.head = head.cast("Q")
         self._file = file
@@ -136,6 +140,7 @@ class Index:
     def close(self) -> None:
         """Close the file; the map goes when nobody looks at it any more."""
         self._file.close()
+        self.head = memoryview(bytes(HEAD)).cast("Q")
 
     def refresh(self) -> tuple[bool, list[bytes]]:
         """Return what was committed since the last call.
@@ -179,6 +184,7 @@ class Index:
         for reached, payload in split_frames(data):  # noqa: B007 -- used after the loop
             payloads.append(payload)
         if reached != end - self._read_to:
+            self._frames += len(payloads)
             raise self._damage(f"the frame at byte {self._read_to + reached} is not as written")
         return payloads
 
@@ -250,7 +256,6 @@ class Index:
         self._written_to += len(data)
         while data:
             data = data[self._file.write(data) :]
-        self._frames += 1
 
     def publish(self) -> None:
         """Commit the frames appended since the last time; needs the lock."""
@@ -284,15 +289,20 @@ class Index:
         OSError
             If it could not be done; the log is then as it was.
         """
-        write_log(scratch, payloads, fsync=self._fsync)
-        new = FileIO(scratch, "r+b")
+        new = None
         try:
+            write_log(scratch, payloads, fsync=self._fsync)
+            new = FileIO(scratch, "r+b")
             lock_descriptor(new.fileno(), poll_interval=POLL)
             self._set_moved(True)
             os.replace(scratch, self.path)
         except BaseException:
-            self._set_moved(False)
-            new.close()
+            if self._is_current():  # an interrupt may come after the replacement
+                self._set_moved(False)
+            if new is not None:
+                new.close()
+            with suppress(FileNotFoundError):
+                os.unlink(scratch)
             raise
         old = self._file
         self._adopt(new)

@@ -44,10 +44,10 @@ class Ledger:
         compacting.
     serializers : dict of str to (bool or None)
         The serializers that wrote values, and whether each writes text.
-    obsolete : list of str
-        Files that the last commit made obsolete, and that may still be there.
+    obsolete : list of Entry
+        What the last commit made obsolete, and whose files may still be there.
     folded : set of str
-        The lower-case forms of the names in use that have capital letters.
+        The lower-case forms of the names in use that have capital letters, folders among them.
     unreadable : dict of bytes to int
         Keys that cannot be read here, as they were pickled, with their rows.
     """
@@ -57,7 +57,7 @@ class Ledger:
         self.rows: dict[Any, int] = {}
         self.records = 0
         self.serializers: dict[str, bool | None] = {}
-        self.obsolete: list[str] = []
+        self.obsolete: list[Entry] = []
         self.folded: set[str] = set()
         self.unreadable: dict[bytes, int] = {}
         self._files: list[str] = []
@@ -124,9 +124,7 @@ class Ledger:
 
     # -- commits ---------------------------------------------------------------------------------
 
-    def encode(
-        self, puts: dict[Any, Entry], serializer: tuple[str, bool | None], left: list[str]
-    ) -> list[bytes]:
+    def encode(self, puts: dict[Any, Entry], serializer: tuple[str, bool | None]) -> list[bytes]:
         """Return the payloads that record `puts` and every deletion that is pending."""
         items = ((key, self._serial(key), entry) for key, entry in puts.items())
         start = encode(
@@ -134,7 +132,7 @@ class Ledger:
             first=True,
             cleared=self._cleared is not None,
             serializer=serializer,
-            left=left,
+            left=self.obsolete,
             deleted=self._deleted,
         )
         return [start, *_encode_rest(items)]
@@ -151,20 +149,38 @@ class Ledger:
         names = [encode([], serializer=name) for name in self.serializers.items()]
         return [encode([], first=True, left=self.obsolete), *names, *_encode_rest(items)]
 
-    def committed(self, payloads: Iterable[bytes]) -> None:
-        """Take in the payloads of the chest's own commit, made by `encode`."""
+    def committed(self, puts: dict[Any, Entry], serializer: tuple[str, bool | None]) -> None:
+        """Take in the chest's own commit, which `encode` has recorded."""
         gone = [*self._deleted.values(), *(self._cleared or {}).values()]
         if self._cleared is not None:
             gone += self.unreadable.values()
             self.unreadable = {}
+        self.records += len(self._deleted)
         self._deleted, self._cleared = {}, None
-        for frame in map(decode, payloads):
-            self._apply_head(frame)
-            self.records += len(frame.deleted.plain) + len(frame.deleted.pickled)
-            for block in frame.blocks:
-                self._put(block)
+        serials = array("Q", map(self._serial, puts))
+        base = self._add_rows(list(puts.values()), serials)
+        self._replace(list(puts), range(base, base + len(puts)))
         for row in gone:
             self._retire(row)
+        self.serializers[serializer[0]] = serializer[1]
+
+    def _add_rows(self, entries: list[Entry], serials: array[int]) -> int:
+        """Add rows; return the number of the first."""
+        base = len(self._files)
+        self._files += [entry.file for entry in entries]
+        self._places += array("Q", [entry.place for entry in entries])
+        self._lengths += array("Q", [entry.length for entry in entries])
+        self._digests += array("Q", [entry.digest for entry in entries])
+        self._serials += serials
+        self.records += len(entries)
+        self._note_capitals(self._files[base:])
+        return base
+
+    def take(self, entries: dict[Any, Entry]) -> None:
+        """Take in what an index of another format says."""
+        base = self._add_rows(list(entries.values()), array("Q", range(len(entries))))
+        self.rows.update(zip(entries, range(base, base + len(entries)), strict=True))
+        self._next_serial = len(entries)
 
     def apply(self, payload: bytes) -> dict[Any, int]:
         """Take in what another handle committed.
@@ -245,9 +261,9 @@ class Ledger:
 
     def _retire(self, row: int) -> None:
         if row != UNSAVED:
-            name = self._files[row]
-            self.obsolete.append(name)
-            self.folded.discard(name.lower())
+            entry = self.entry(row)
+            self.obsolete.append(entry)
+            self.folded.discard(entry.file.lower())
 
     def _put(self, block: Block) -> dict[Any, int]:
         """Add the rows of a block; return the keys that were there before, with their old rows."""
@@ -261,16 +277,24 @@ class Ledger:
         self._serials += block.serials
         self.records += len(block.files)
         keys, rows = self._block_keys(block, base)
-        replaced = {}
+        again = {key for key in self._deleted if key in self.rows}  # and then set here
+        replaced = self._replace(keys, rows)
+        for key in self._deleted.keys() & keys if self._deleted else ():
+            self._retire(self._deleted.pop(key))
+            if key not in again:  # deleted here: stays so
+                self._deleted[key] = self.rows.pop(key)
+        return replaced
+
+    def _replace(self, keys: list[Hashable], rows: Iterable[int]) -> dict[Any, int]:
+        """Let keys lead to new rows; return those that were there before, with their old rows."""
+        replaced: dict[Any, int] = {}
         if not self.rows.keys().isdisjoint(keys):
             replaced = {key: self.rows[key] for key in keys if key in self.rows}
-            for key, row in replaced.items():
-                self._new.pop(key, None)
-                self._retire(row)
         self.rows.update(zip(keys, rows, strict=True))
-        for key in self._deleted.keys() & keys if self._deleted else ():  # deleted here: stays so
-            self._retire(self._deleted[key])
-            self._deleted[key] = self.rows.pop(key)
+        for key, row in replaced.items():
+            self._new.pop(key, None)
+            if row != UNSAVED and self._files[row] != self._files[self.rows[key]]:
+                self._retire(row)
         return replaced
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Iterable[int]]:
@@ -315,8 +339,12 @@ class Ledger:
 
     def _note_capitals(self, names: list[str]) -> None:
         every = "/".join(names)
-        if every != every.lower():
-            self.folded.update(name.lower() for name in names if name != name.lower())
+        if every == every.lower():
+            return
+        for name in names:
+            while name and name != name.lower():
+                self.folded.add(name.lower())
+                name = name.rpartition("/")[0]  # noqa: PLW2901 -- the folder above
 
     def check(self) -> None:
         """Assert every invariant."""

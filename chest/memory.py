@@ -36,13 +36,15 @@ class Memory(Residents):
         with self.lock:
             self.begin("set a value")
             self.put(key, value, size)
-            if size > self.available:
-                self._report(self._evict([key]))
-            else:
-                self.shrink()
+            self.make_room(key)
 
-    def shrink(self) -> None:
+    def make_room(self, key: Hashable | None = None) -> None:
         """Spill until the values in memory take no more than the budget.
+
+        Parameters
+        ----------
+        key : hashable, optional
+            If its value alone takes more than the budget, that leaves first.
 
         Raises
         ------
@@ -50,6 +52,8 @@ class Memory(Residents):
             If the disk refuses; what could not be written stays in memory.
         """
         with self.lock:
+            if key in self.eviction and self.eviction.size(key) > self.available:
+                self._report(self._evict([key]))
             while self.eviction.total > self.available:
                 keys = self._choose()
                 if not keys:
@@ -133,9 +137,9 @@ class Memory(Residents):
             for key in self.eviction.aside():
                 if key not in unsaved:
                     self.eviction.stay([key])
-            self.shrink()
             if unsaved:
                 raise UnsavedError([*unsaved], [*unsaved.values()])
+            self.make_room()
 
     def commit_deletions(self) -> None:
         """Commit what was deleted, without writing a value."""
@@ -164,7 +168,7 @@ class Memory(Residents):
                         raise
                     unsaved[key] = error
             try:
-                self._commit(staged, values)
+                self._commit_or_stage_again(staged, values)
             except OSError as error:
                 if stop or not staged:
                     raise
@@ -178,10 +182,20 @@ class Memory(Residents):
     def _stage(self, key: Hashable, value: Any) -> Staged:
         if not is_plain(key):
             try:
-                pickle.dumps(key, 5)
+                pickle.loads(pickle.dumps(key, 5))
             except Exception as error:
                 raise UndumpableError(KeyTypeError(key, f"its pickle fails: {error}")) from error
         return self.store.stage(value, self.eviction.size(key))
+
+    def _commit_or_stage_again(self, staged: dict[Any, Staged], values: dict[Any, Any]) -> None:
+        """Commit; staging files that somebody took for abandoned are written again, once."""
+        try:
+            self._commit(staged, values)
+        except FileNotFoundError:
+            for key, value in staged.items():
+                remove_quietly(value.path)
+                staged[key] = self._stage(key, values[key])
+            self._commit(staged, values)
 
     def _commit(self, staged: dict[Any, Staged], values: dict[Any, Any]) -> None:
         """Publish staged values, and what was deleted."""
@@ -269,13 +283,15 @@ class Memory(Residents):
         try:
             self.close()
         except Exception as error:  # noqa: BLE001 -- nobody is left to catch it, so it is said
-            logger.error("the chest at %s could not be closed: %s", self.path, error)  # noqa: TRY400 -- in one line
+            message = "the chest at %s could not be closed: %s"
+            logger.error(message, self.path, error)  # noqa: TRY400 -- one line, no traceback
             self._end()
 
     def _end(self) -> None:
         self.closed = True
         if self._store is not None:
             self._store.close()
+            self._store = None
         self.head, self.seen = (0, 0), 0
         closed: Any = Closed(self.path)
         self.inmem = self.fixed = self.ledger = self.eviction = self.mark = closed
@@ -289,7 +305,7 @@ class Memory(Residents):
             rows = self.ledger.rows
             self.eviction.check(self.inmem)
             fixed = {key: id(value) for key, value in self.inmem.items() if not can_grow(value)}
-            assert {key: id(value) for key, value in self.fixed.items()} == fixed, "not found quickly"
+            assert {key: id(value) for key, value in self.fixed.items()} == fixed
             assert self.dirty.keys() <= self.inmem.keys(), "a dirty value is not resident"
             assert self.inmem.keys() <= rows.keys(), "a resident value has no key"
             unsaved = {key for key, row in rows.items() if row == UNSAVED}

@@ -6,17 +6,19 @@ Whoever opens one reads it as it is; the first commit puts an index of today in 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
 from typing import Any
 
-from chest.columns import Entry, encode
+from chest.columns import Entry
+from chest.directory import Directory
 from chest.errors import CorruptIndexError
 from chest.filenames import is_safe_filename
-from chest.serialize import UNKNOWN, Serializer, UnloadableError
+from chest.serialize import Serializer, UnloadableError
 
 
-def read_old_index(path: str, serializer: Serializer) -> bytes:
-    """Return the payload of a frame that says what the old index at `path` says.
+def read_old_index(directory: Directory, serializer: Serializer) -> dict[Any, Entry]:
+    """Return what the index of an old chest says, with the digests that its files have now.
 
     Raises
     ------
@@ -24,19 +26,34 @@ def read_old_index(path: str, serializer: Serializer) -> bytes:
         If it cannot be read with `serializer`, or is not such an index.
     """
     try:
-        with serializer.open(path, mode="rb") as file:
-            content = serializer.read_from(file, UNKNOWN, 0)
-        pairs = [(_hashable(key), name) for key, name in content]
+        with serializer.open(directory.index, mode="rb") as file:
+            content = serializer.read_unrecorded(file)
+        names = {_key(key): _name(name) for key, name in _pairs(content)}
     except (UnloadableError, TypeError, ValueError, EOFError) as error:
         reason = f"it is no index of this version, nor one of 0.2.3 for {serializer.name} ({error})"
-        raise CorruptIndexError(path, reason) from error
-    for _, name in pairs:
-        if not is_safe_filename(name):
-            raise CorruptIndexError(path, f"it names a file outside, {name!r}")
-    entries = {key: Entry(name, 0, UNKNOWN, 0) for key, name in pairs}
-    return encode([(key, n, entry) for n, (key, entry) in enumerate(entries.items())], first=True)
+        raise CorruptIndexError(directory.index, reason) from error
+    return {key: _measured(directory, serializer, name) for key, name in names.items()}
 
 
-def _hashable(key: Any) -> Hashable:
+def _pairs(content: Any) -> list[Any]:
+    if not isinstance(content, list) or not {*map(type, content)} <= {list, tuple}:
+        raise TypeError("it is no list of pairs")
+    return content
+
+
+def _key(key: Any) -> Hashable:
     """Turn the lists that JSON made of tuples back into tuples."""
-    return tuple(map(_hashable, key)) if isinstance(key, list) else key
+    return tuple(map(_key, key)) if isinstance(key, list) else key
+
+
+def _name(name: Any) -> str:
+    if not is_safe_filename(name):
+        raise ValueError(f"it names a file outside, or one that no system takes: {name!r}")
+    return str(name)
+
+
+def _measured(directory: Directory, serializer: Serializer, name: str) -> Entry:
+    path = directory.full_path(name)
+    if not os.path.isfile(path):
+        return Entry(name, 0, 0, 0)  # asking for its value tells
+    return Entry(name, 0, *serializer.measure(path))

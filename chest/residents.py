@@ -26,7 +26,7 @@ from chest.ledger import UNSAVED, Ledger
 from chest.options import Options
 from chest.serialize import Serializer, UndumpableError, can_grow, changeable
 from chest.sizes import nbytes as default_nbytes
-from chest.store import Store
+from chest.store import Store, told
 
 logger = logging.getLogger("chest")
 
@@ -94,7 +94,17 @@ class Residents:
     @property
     def store(self) -> Store:
         """What is on disk; a temporary directory is made now."""
-        return self._store or self._open_store(tempfile.mkdtemp(".chest"))
+        return self._store or self._open_temporary()
+
+    def _open_temporary(self) -> Store:
+        if self.closed:
+            raise ChestClosedError(self.path)
+        path = tempfile.mkdtemp(".chest")
+        try:
+            return self._open_store(path)
+        except OSError as error:
+            os.rmdir(path)
+            raise told(error, path, 0) from error
 
     def _open_store(self, path: str) -> Store:
         store = Store(path, self.serializer, self.options)
@@ -135,36 +145,36 @@ class Residents:
 
     # -- values that come ------------------------------------------------------------------------
 
-    def begin(self, action: str | None = None, key: Any = _MISSING) -> None:
-        """Start an operation of this thread: settle its last one, and catch up; needs the lock.
+    def begin(self, action: str | None = None) -> None:
+        """Start an operation: catch up with other handles; needs the lock.
 
         Parameters
         ----------
         action : str or None
             What is going to be changed.
-        key : hashable
-            What is asked for; if that is in hand, it stays there.
         """
         if self.head[1] != self.seen:
             self.catch_up()
         if self.readonly and action is not None:
             raise ReadOnlyError(str(self.path), action)
-        released = self._hands.open(key)
-        if released:
-            self._settle(released)
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
         if key not in self.ledger.rows:
-            if not self.serializer.trusts_pickle and not is_plain(key):
-                raise KeyTypeError(key, f"only {PLAIN_KEYS}, when the values are not pickles")
+            self._check_key(key)
             self.ledger.add(key)
+        elif type(key) is not str:
+            self._check_key(key)
         uses = self.eviction.uses(key)
         self.dirty[key] = None
         self._leave(key)
         self._enter(key, value, size, max(uses, 1))
         if changeable(value):
-            self._hands.hold(key, value)
+            self._hold(key, value)
+
+    def _check_key(self, key: Hashable) -> None:
+        if not self.serializer.trusts_pickle and not is_plain(key):
+            raise KeyTypeError(key, f"only {PLAIN_KEYS}, when the values are not pickles")
 
     def _enter(self, key: Hashable, value: Any, size: int, uses: int) -> None:
         """Make a value resident."""
@@ -193,13 +203,15 @@ class Residents:
             self._measure_again(key, value)
         else:
             self._touched[key] = (size, touches + 1)
+        if not self._hands.try_hold(key, value):
+            with self.lock:
+                self._hold(key, value)
         return value
 
     def _measure_again(self, key: Hashable, value: Any) -> None:
         """Count a value that is in use with the size that it has by now."""
         size = self.measure(value)
         with self.lock:
-            self.begin(key=key)
             if self.inmem.get(key, _MISSING) is not value:
                 return
             if len(self._touched) > 2 * len(self.inmem) + TOUCHES:  # left by threads that raced
@@ -208,7 +220,7 @@ class Residents:
             uses = self.eviction.uses(key)
             self.eviction.discard(key)
             self.eviction.enroll(key, size, uses)
-            self._hands.hold(key, value)
+            self._hold(key, value)
             self._make_room()
 
     def fetch(self, key: Hashable, *, uses: int = 0, stream: bool = False) -> Any:
@@ -228,10 +240,11 @@ class Residents:
             If there is no such key.
         CorruptValueError, SerializerError
         """
+        nested = self.lock._is_owned()  # type: ignore[attr-defined]
         with self.lock:
-            self.begin(key=key)
+            self.begin()
         while True:
-            entry = self._begin_load(key)
+            entry = self._begin_load(key, nested, stream)
             if not isinstance(entry, Entry):
                 return entry[0]
             try:
@@ -245,22 +258,28 @@ class Residents:
                     self._admit(key, value, size, uses, stream)
                     return value
 
-    def _begin_load(self, key: Hashable) -> Entry | tuple[Any]:
-        """Return where to read the value from, or the value itself in a tuple."""
+    def _begin_load(self, key: Hashable, nested: bool, stream: bool) -> Entry | tuple[Any]:
+        """Return where to read the value from, or the value itself in a tuple.
+
+        A thread that holds the lock already reads for itself what another one is reading: to wait
+        would let go of a lock that somebody relies on.
+        """
         me = threading.get_ident()
         with self.lock:
             while True:
                 if key in self.inmem:
                     self.mark(key)
+                    if key not in self.fixed:
+                        self._hold(key, self.inmem[key])
                     return (self.inmem[key],)
                 value = self._hands.get(key, _MISSING)
                 if value is not _MISSING:
-                    self._admit(key, value, self.measure(value), 0, stream=False)
+                    self._admit(key, value, self.measure(value), 0, stream=stream)
                     return (value,)
-                row = self.ledger.rows.get(key)
-                if row is None:
+                row = self.ledger.rows.get(key, UNSAVED)
+                if row == UNSAVED:
                     raise KeyError(key)
-                if self._loading.setdefault(key, me) == me:
+                if self._loading.setdefault(key, me) == me or nested:
                     return self.ledger.entry(row)
                 self._loaded.wait()
 
@@ -288,11 +307,11 @@ class Residents:
         if size <= room:
             self._enter(key, value, size, uses)
             self._make_room()
-        if key not in self.inmem:
-            self._hands.hold(key, value)
+        resident = key in self.inmem
+        if not resident or changeable(value):
+            self._hold(key, value)
+        if not resident:
             self._hands.leave(key, value)
-        elif changeable(value):
-            self._hands.hold(key, value)
 
     def offer(self, key: Hashable, entry: Entry, value: Any) -> None:
         """Make a value resident that was read from `entry`, unless that is history."""
@@ -312,10 +331,6 @@ class Residents:
         """Tell whether files of one chest can be files of the other."""
         mine, theirs = self.serializer, other.serializer
         return (mine.name, mine.load, mine.open) == (theirs.name, theirs.load, theirs.open)
-
-    def holds(self, key: Hashable, value: Any) -> bool:
-        """Tell whether `value` is the value of `key`, resident or left."""
-        return key in self.ledger.rows and self._in_memory(key) is value
 
     def measure(self, value: Any) -> int:
         """Return the size of a value in bytes; a size function that fails is told of once."""
@@ -339,13 +354,24 @@ class Residents:
 
     # -- values that may have changed ------------------------------------------------------------
 
+    def _hold(self, key: Hashable, value: Any) -> None:
+        """Put a value in this thread's hand, and look at what was in it."""
+        released = self._hands.hold(key, value)
+        if released:
+            self._settle(released)
+
     def _settle(self, released: list[tuple[Any, Any]]) -> None:
         """Make those values resident and dirty that changed while they were in hand."""
-        revived = [pair for pair in released if self._differs(pair[1], self.ledger.digest(pair[0]))]
-        for key, value in revived:
-            self._revive(key, value)
-        if revived:
-            self._make_room()
+        for n, (key, value) in enumerate(released):
+            try:
+                changed = self._differs(value, self.ledger.digest(key))
+            except BaseException:  # an interrupt: nobody knows, so they count as changed
+                for pair in released[n:]:
+                    self._revive(*pair)
+                raise
+            if changed:
+                self._revive(key, value)
+                self._make_room(key)
 
     def _revive(self, key: Hashable, value: Any) -> None:
         """Make a value that changed in place resident and dirty."""
@@ -410,14 +436,14 @@ class Residents:
 
     # -- for the subclass ------------------------------------------------------------------------
 
-    def shrink(self) -> None:
-        """Spill until the values in memory take no more than the budget."""
+    def make_room(self, key: Hashable | None = None) -> None:
+        """Spill until the budget is kept; `key` by itself if it alone is too large for it."""
         raise NotImplementedError
 
-    def _make_room(self) -> None:
+    def _make_room(self, key: Hashable | None = None) -> None:
         """Make room as far as the disk lets us: a read never fails for the lack of it."""
         try:
-            self.shrink()
+            self.make_room(key)
         except OSError as error:
             self._say_once(("disk", error.errno), "values stay in memory: %s", error)
 

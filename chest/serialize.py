@@ -30,7 +30,6 @@ import xxhash
 from chest.streams import HashingReader, HashingWriter
 
 SMALL = 64 * 1024  # bytes; below, a stream is made and read in one piece
-UNKNOWN = 2**64 - 1  # the length of a stream that an old chest wrote without a digest
 
 Dump = Callable[[Any, IO[Any]], object]
 Load = Callable[[IO[Any]], Any]
@@ -156,6 +155,8 @@ class Serializer:
         self.open = open
         self.text = None if mode is None else "t" in mode
         self.name = "pickle" if dump is dump_pickle else _name(dump)
+        if open is not builtins.open:
+            self.name += f" with open={_name(open)}"
         loader = _unwrap(load)
         module = getattr(loader, "__module__", None) or ""
         self.trusts_pickle = module.partition(".")[0] in _PICKLE_MODULES
@@ -246,9 +247,11 @@ class Serializer:
 
     def read_from(self, file: IO[Any], length: int, digest: int) -> Any:
         """Load the value from an open binary file, at its start; raises as `read` does."""
-        if length == UNKNOWN:
-            return _loaded(self._load_unrecorded, file)
         return (self._stream_from if self._streams else self._verify_first)(file, length, digest)
+
+    def read_unrecorded(self, file: IO[Any]) -> Any:
+        """Load a stream of which nobody recorded the digest."""
+        return _loaded(self._load_unrecorded, file)
 
     def _stream_from(self, file: IO[Any], length: int, digest: int) -> Any:
         source = HashingReader(file)

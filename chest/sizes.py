@@ -45,7 +45,7 @@ _TINY = 1024  # bytes up to which finding out what is shared costs more than it 
 
 _Keys: type = type({}.keys())
 _Values: type = type({}.values())
-# Made from the address, like id, which raises an audit event: half a microsecond with any audit hook.
+# As unique as id, which raises an audit event: half a microsecond once filelock is imported.
 _identity = object.__hash__
 _registered: dict[type, _Sizer] = {}
 _plain: dict[type, _Sizer] = {}  # types without parts, sized by a C function that cannot fail
@@ -281,13 +281,18 @@ def _unshared(parts: list[Any], weight: float, seen: dict[int, Any]) -> list[_St
     often = Counter(times.values())
     least = min(1 + often[1] / (2 * often[2]), weight) if often[2] else weight
     alike: dict[int, tuple[list[Any], list[float]]] = {}  # parts of about the same weight
-    for key in different.keys() - seen.keys():
-        drawn = times[key]
+    for key, drawn in times.items():
         elsewhere = references[key] - _COUNTING - drawn - 1  # not in `parts` and `different`
-        stands = max(drawn * weight / max(elsewhere, 1), least if drawn == 1 else 1.0)
-        some = alike.setdefault(frexp(stands)[1], ([], []))
-        some[0].append(different[key])
-        some[1].append(stands)
+        stands = drawn * weight / (elsewhere or 1)
+        floor = least if drawn == 1 else 1.0
+        if stands < floor:
+            stands = floor
+        if key not in seen:
+            some = alike.get(magnitude := int(stands).bit_length())
+            if some is None:
+                some = alike[magnitude] = [], []
+            some[0].append(different[key])
+            some[1].append(stands)
     seen.update(different)
     return [(some, sum(weights) / len(some)) for some, weights in alike.values()]
 

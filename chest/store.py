@@ -22,17 +22,18 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from chest.columns import Entry, FrameError, encode, named_files
+from chest.columns import Entry, FrameError, is_plain, named_files
 from chest.directory import Directory, remove_quietly, sync_file
-from chest.errors import CorruptIndexError, CorruptValueError, SerializerError
+from chest.errors import CorruptIndexError, CorruptValueError, KeyTypeError, SerializerError
+from chest.filenames import is_safe_filename
 from chest.index import Index, write_log
 from chest.ledger import Ledger
 from chest.old import read_old_index
 from chest.options import Options
-from chest.serialize import UNKNOWN, DamagedError, Serializer, UnloadableError
+from chest.serialize import DamagedError, Serializer, UnloadableError
 
 logger = logging.getLogger("chest")
 
@@ -76,7 +77,11 @@ class Store:
         self.readonly = options.readonly or not self._make_writable()
         self.index = Index(self.directory.index, readonly=self.readonly, fsync=options.fsync)
         self.ledger = Ledger(serializer.trusts_pickle)
-        self.catch_up()
+        try:
+            self.catch_up()
+        except BaseException:
+            self.close()
+            raise
 
     def _make_writable(self) -> bool:
         """Make the index if there is none; tell whether it and the directory can be written."""
@@ -108,12 +113,14 @@ class Store:
         ------
         CorruptIndexError
         """
-        anew, payloads = self.index.refresh()
         try:
+            anew, payloads = self.index.refresh()
             changed = self._apply_anew(payloads) if anew else self._apply(payloads)
-        except FrameError as error:
-            self.index.rewind()
-            raise CorruptIndexError(self.index.path, str(error)) from error
+        except BaseException as error:
+            self.index.rewind()  # what was read and not taken in must be read again
+            if isinstance(error, FrameError):
+                raise CorruptIndexError(self.index.path, str(error)) from error
+            raise
         if self.serializer.text is None:
             self.serializer.text = self.ledger.serializers.get(self.serializer.name)
         return changed
@@ -125,9 +132,9 @@ class Store:
         return changed
 
     def _apply_anew(self, payloads: list[bytes]) -> dict[Any, int]:
-        if self.index.foreign:
-            payloads = [read_old_index(self.index.path, self.serializer)]
         ledger = Ledger(self.serializer.trusts_pickle)
+        if self.index.foreign:
+            ledger.take(read_old_index(self.directory, self.serializer))
         for payload in payloads:
             ledger.apply(payload)
         changed = ledger.inherit(self.ledger)
@@ -159,6 +166,10 @@ class Store:
             names = tuple(self.ledger.serializers)
             raise SerializerError(key, path, str(error), self.serializer.name, names) from error
         except DamagedError as error:
+            names = tuple(self.ledger.serializers)
+            if names and self.serializer.name not in names:
+                mine = self.serializer.name
+                raise SerializerError(key, path, str(error), mine, names) from error
             raise CorruptValueError(key, path, str(error)) from error
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise CorruptValueError(key, path, "the file is gone") from error
@@ -206,8 +217,8 @@ class Store:
             except BaseException:
                 remove_quietly(path)
                 raise
-        if entry.length == UNKNOWN:
-            return Staged(path, *self.serializer.measure(path))
+        if self.serializer.text is None:
+            self.serializer.text = other.serializer.text
         return Staged(path, entry.length, entry.digest)
 
     @contextmanager
@@ -227,7 +238,7 @@ class Store:
         self._sweep()
         entries = self._entries(staged)
         serializer = (self.serializer.name, self.serializer.text)
-        payloads = self.ledger.encode(entries, serializer, self.ledger.obsolete)
+        payloads = self.ledger.encode(entries, serializer)
         try:
             for payload in payloads:
                 self.index.append(payload)
@@ -244,9 +255,13 @@ class Store:
                 needed = sum(map(len, payloads))
                 raise told(error, self.index.path, needed) from error
             raise
-        self.ledger.committed(payloads)
-        self.index.acknowledge()
-        self._remove_obsolete()
+        try:
+            self.ledger.committed(entries, serializer)
+            self.index.acknowledge()
+        except BaseException:
+            self.index.rewind()
+            raise
+        self._remove(self.ledger.obsolete)
         self._compact_if_due()
 
     def _entries(self, staged: dict[Any, Staged]) -> dict[Any, Entry]:
@@ -264,40 +279,59 @@ class Store:
         if self.index.foreign:
             self._modernize()
         if self.index.overhangs():
-            left = self.index.uncommitted()
-            names = {name for payload in left for name in named_files(payload)}
-            self.directory.remove(names - self.ledger.files())
+            self.directory.remove(self._uncommitted_files() - self.ledger.files())
             self.index.cut()
-        self._remove_obsolete()
+        self._remove([entry for entry in self.ledger.obsolete if self._is_ours(entry)])
         if not self._swept_staging:
             self.directory.remove_staging()
             self._swept_staging = True
 
-    def _remove_obsolete(self) -> None:
+    def _uncommitted_files(self) -> set[str]:
+        names: set[str] = set()
+        for payload in self.index.uncommitted():
+            with suppress(FrameError):  # whatever it is, no commit stands behind it
+                names.update(filter(is_safe_filename, named_files(payload)))
+        return names
+
+    def _is_ours(self, entry: Entry) -> bool:
+        """Tell whether a file that should have been removed is still the one that we wrote."""
+        path = self.directory.full_path(entry.file)
+        if not os.path.lexists(path):
+            return False
+        try:
+            return self.serializer.measure(path) == (entry.length, entry.digest)
+        except Exception:  # noqa: BLE001 -- what cannot be read, or decompressed, is not ours
+            return False
+
+    def _remove(self, entries: list[Entry]) -> None:
+        """Remove obsolete files; what cannot be removed yet stays in the books."""
         if self.ledger.obsolete:
-            self.ledger.obsolete = self.directory.remove(self.ledger.obsolete)
+            stuck = set(self.directory.remove(entry.file for entry in entries))
+            self.ledger.obsolete = [entry for entry in entries if entry.file in stuck]
 
     def _modernize(self) -> None:
         """Put an index of today in the place of that of chest 0.2.3."""
-        puts = []
+        ledger = Ledger(self.serializer.trusts_pickle)
         seen: set[str] = set()
-        for serial, (key, row) in enumerate(self.ledger.stored()):
-            entry = self.ledger.entry(row)
-            puts.append((key, serial, self._own_file(entry, seen)))
-        self.index.replace([encode(puts, first=True)], self.directory.staging_path())
+        entries = {}
+        for key, row in self.ledger.stored():
+            if not self.serializer.trusts_pickle and not is_plain(key):
+                raise KeyTypeError(key, "open this old chest with pickle, or delete the key")
+            entries[key] = self._own_file(self.ledger.entry(row), seen)
+        ledger.take(entries)
+        self.index.replace(ledger.snapshot(), self.directory.staging_path())
         self.catch_up()
 
     def _own_file(self, entry: Entry, seen: set[str]) -> Entry:
-        """Measure an old value, and give it a file of its own if it shares one."""
+        """Give an old value a file of its own if it shares one."""
         path = self.directory.full_path(entry.file)
-        if not os.path.isfile(path):
+        if entry.file not in seen or not os.path.isfile(path):
+            seen.add(entry.file)
             return entry
-        name = entry.file
-        if name in seen:
-            name = self.directory.free_name(name, seen)
-            shutil.copyfile(path, self.directory.full_path(name))
+        name = self.directory.free_name(entry.file, seen)
+        shutil.copyfile(path, self.directory.full_path(name))
         seen.add(name)
-        return Entry(name, 0, *self.serializer.measure(path))
+        return entry._replace(file=name)
 
     def _compact_if_due(self) -> None:
         ledger = self.ledger

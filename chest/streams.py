@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import IO, Any
 
 import xxhash
@@ -49,8 +50,15 @@ class HashingWriter:
             self.refused = refused
             raise
 
+    def writelines(self, lines: Iterable[Any]) -> None:
+        """Write each of `lines`."""
+        for line in lines:
+            self.write(line)
+
     def flush(self) -> None:
-        """Do nothing: the file is flushed when it is closed."""
+        """Pass on what was written, for those who go on with the file's descriptor."""
+        if self._file is not None:
+            self._file.flush()
 
     def digest(self) -> int:
         """Return the digest of what was written."""

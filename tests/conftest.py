@@ -1,0 +1,65 @@
+"""What every test may use, and what is checked after every test."""
+
+from __future__ import annotations
+
+import gc
+import glob
+import os
+import tempfile
+import threading
+
+import pytest
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where a chest may be; nothing is there yet."""
+    return str(tmp_path / "chest")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_temp_dir(tmp_path_factory):
+    """Give this run, and its children, a directory for temporary chests that no one else uses."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("temporary"))
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(request):
+    """Fail a test that leaves an open file, a thread or a temporary chest behind.
+
+    Warnings are errors by the settings in pyproject.toml; collecting the garbage brings up those
+    that are due.
+    """
+    failures = request.session.testsfailed
+    before = _resources()
+    yield
+    if request.session.testsfailed > failures:  # the traceback keeps what the test had open
+        return
+    if _resources() - before:
+        gc.collect()
+    left = _resources() - before
+    assert not left, f"left behind: {sorted(left)}"
+
+
+def _resources():
+    threads = {f"thread {thread.name}" for thread in threading.enumerate()}
+    chests = set(glob.glob(os.path.join(tempfile.gettempdir(), "*.chest")))
+    return threads | chests | _open_files()
+
+
+def _open_files():
+    if not os.path.isdir("/proc/self/fd"):
+        return set()
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:  # the descriptor that listed the folder
+            continue
+        if target.startswith("/"):  # pipes and sockets belong to the test runner
+            found.add(f"descriptor {number} of {target}")
+    return found
