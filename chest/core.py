@@ -232,13 +232,11 @@ class Chest(MutableMapping[K, V]):
         KeyError
             If the chest is empty.
         """
-        while True:
-            key = next(reversed(self), _MISSING)
-            if key is _MISSING:
-                raise KeyError("popitem(): the chest is empty")
-            value = self.pop(key, _MISSING)
-            if value is not _MISSING:
-                return key, value
+        with self.lock:
+            self._memory.begin("pop a key")
+            for key in reversed(self._rows):
+                return key, self.pop(key)
+        raise KeyError("popitem(): the chest is empty")
 
     def setdefault(self, key: K, default: Any = None) -> Any:
         """Return the value of `key`, which becomes `default` if there is no such key."""

@@ -53,11 +53,11 @@ class Directory:
         """
         if not is_safe_filename(name):
             raise CorruptIndexError(self.index, f"it names a file outside, {name!r}")
-        return os.path.join(self.path, name)
+        return self._join(name)
 
     def staging_path(self) -> str:
         """Return the path of a file that does not exist."""
-        return os.path.join(self.path, f".new-{self._token}-{next(self._numbers)}")
+        return self._join(f".new-{self._token}-{next(self._numbers)}")
 
     def name_for(self, key: object) -> str:
         """Return the name that the file of `key` should have."""
@@ -90,7 +90,7 @@ class Directory:
             parent = self._make_folder(parent, *taken)
         for suffix in _suffixes():
             name = parent + slash + last + suffix
-            full = os.path.join(self.path, name)
+            full = self._join(name)
             if not _is_in(name, taken) and not self._exists(name):
                 os.mkdir(full, 0o700)
             if os.path.isdir(full) and not os.path.islink(full):
@@ -99,11 +99,11 @@ class Directory:
 
     def _exists(self, name: str) -> bool:
         names = {name, name.lower()}
-        return any(os.path.lexists(os.path.join(self.path, name)) for name in names)
+        return any(os.path.lexists(self._join(name)) for name in names)
 
     def place(self, staged: str, name: str) -> None:
         """Give a staging file its final name."""
-        os.rename(staged, os.path.join(self.path, name))
+        os.rename(staged, self._join(name))
 
     def remove(self, names: Iterable[str]) -> list[str]:
         """Remove files and the folders that they leave empty; return those that stay."""
@@ -128,18 +128,27 @@ class Directory:
         """Tell whether a folder on the way to a file is a link."""
         folders = name.split("/")[:-1]
         ways = ("/".join(folders[: n + 1]) for n in range(len(folders)))
-        return any(os.path.islink(os.path.join(self.path, way)) for way in ways)
+        return any(os.path.islink(self._join(way)) for way in ways)
+
+    def missing_folders(self, names: Iterable[str]) -> set[str]:
+        """Return those folders on the way to `names` that are not there."""
+        folders = {name.rpartition("/")[0] for name in names}
+        missing = {name for name in folders if name and not os.path.isdir(self._join(name))}
+        return missing | (self.missing_folders(missing) if missing else set())
+
+    def _join(self, name: str) -> str:
+        return os.path.join(self.path, name)
 
     def remove_staging(self, *, every: bool = False) -> None:
         """Remove the staging files that others abandoned, or all of them."""
         for name in filter(_is_staging, os.listdir(self.path)):
-            full = os.path.join(self.path, name)
+            full = self._join(name)
             if every or _age(full) > ABANDONED:
                 remove_quietly(full)
 
     def sync(self, names: Iterable[str]) -> None:
         """Make sure that the names of these files survive a power cut."""
-        folders = {os.path.dirname(os.path.join(self.path, name)) for name in names}
+        folders = {os.path.dirname(self._join(name)) for name in names}
         for folder in folders - {self.path}:
             above = folder
             while above != self.path:

@@ -8,7 +8,17 @@ missing key is a plain ``KeyError(key)``, and a disk that refuses is the ``OSErr
 from __future__ import annotations
 
 from collections.abc import Hashable
+from reprlib import Repr
 from typing import Any
+
+_repr = Repr()  # short, and it does not fail where a key's own repr does
+_repr.maxstring = _repr.maxother = 120
+show = _repr.repr
+
+
+def say(error: BaseException) -> str:
+    """Return what an error says, as text: a log must not keep its traceback alive."""
+    return f"{type(error).__name__}: {error}"
 
 
 class ChestError(Exception):
@@ -76,7 +86,7 @@ class KeyTypeError(ChestError, TypeError):
 
     def __str__(self) -> str:
         kind = type(self.key).__name__
-        return f"the key {self.key!r} of type {kind} cannot be stored: {self.reason}"
+        return f"the key {show(self.key)} of type {kind} cannot be stored: {self.reason}"
 
 
 class CorruptIndexError(ChestError):
@@ -126,7 +136,7 @@ class CorruptValueError(ChestError):
 
     def __str__(self) -> str:
         return (
-            f"the value of key {self.key!r} in {self.path} is damaged: {self.reason}; "
+            f"the value of key {show(self.key)} in {self.path} is damaged: {self.reason}; "
             "set or delete the key to go on without it"
         )
 
@@ -166,7 +176,7 @@ class SerializerError(ChestError):
     def __str__(self) -> str:
         writers = ", ".join(self.written_with) or "an unknown serializer"
         return (
-            f"the value of key {self.key!r} in {self.path} cannot be loaded with "
+            f"the value of key {show(self.key)} in {self.path} cannot be loaded with "
             f"{self.serializer} ({self.reason}): this chest was written with {writers}; "
             "open it with the dump, load and open that wrote it"
         )
@@ -189,7 +199,7 @@ class UnsavedError(ChestError):
         self.causes = causes
 
     def __str__(self) -> str:
-        named = ", ".join(map(repr, self.keys[:10]))
+        named = ", ".join(map(show, self.keys[:10]))
         more = f" and {len(self.keys) - 10} more" if len(self.keys) > 10 else ""
         cause = self.causes[0]
         return (

@@ -40,12 +40,15 @@ class Hands:
             What was in the hand before and is not resident; also what was in the hands of threads
             that ended, if there are many.
         """
-        me = threading.get_ident()
-        released = [self._held.pop(me, None)]
-        self._held[me] = (key, value)
+        released = [self._held.pop(threading.get_ident(), None)]
+        self._held[threading.get_ident()] = (key, value)
         if len(self._held) > THREADS:
             released += self._of_ended_threads()
         return list(self._gone(released)) if self._left else []
+
+    def empty(self) -> list[tuple[Any, Any]]:
+        """Empty the hand of this thread; return as `hold` does."""
+        return list(self._gone([self._held.pop(threading.get_ident(), None)]))
 
     def try_hold(self, key: Hashable, value: Any) -> bool:
         """Put a resident value in the hand of this thread, without the lock.

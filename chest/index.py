@@ -133,7 +133,7 @@ class Index:
         self._file = file
         self._read_to = HEAD
         self._written_to = HEAD
-        self._frames = 0
+        self._frames = self._appended = 0
         self._fresh = True
         self.seen = 0
 
@@ -248,6 +248,7 @@ class Index:
         """Remove what lies beyond the committed length; needs the lock."""
         self._file.truncate(self._read_to)
         self._written_to = self._read_to
+        self._appended = 0
 
     def append(self, payload: bytes) -> None:
         """Write a frame beyond the committed length; needs the lock and a `refresh` under it."""
@@ -256,6 +257,7 @@ class Index:
         self._written_to += len(data)
         while data:
             data = data[self._file.write(data) :]
+        self._appended += 1
 
     def publish(self) -> None:
         """Commit the frames appended since the last time; needs the lock."""
@@ -274,6 +276,8 @@ class Index:
         """Take what was published as seen; without this, `refresh` returns it."""
         self.seen = self.head[1]
         self._read_to = self._written_to
+        self._frames += self._appended
+        self._appended = 0
 
     def replace(self, payloads: list[bytes], scratch: str) -> None:
         """Make the log consist of `payloads` alone; needs the lock, which goes with it.

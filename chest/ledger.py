@@ -81,7 +81,8 @@ class Ledger:
 
     def delete(self, key: Hashable) -> None:
         """Delete `key`; the next commit will say so."""
-        row = self.rows.pop(key)
+        row = self.rows[key]  # asks for the hash even where there is no key: see dict.__delitem__
+        del self.rows[key]
         self._new.pop(key, None)
         if row != UNSAVED:
             self._deleted[key] = row
@@ -101,7 +102,7 @@ class Ledger:
     @property
     def pending(self) -> bool:
         """Whether there is a deletion that no commit has told yet."""
-        return bool(self._deleted or self._cleared)
+        return bool(self._deleted or self._cleared or (self.unreadable and self._cleared is not None))
 
     def entry(self, row: int) -> Entry:
         """Return where the value of a row lies."""
@@ -117,10 +118,9 @@ class Ledger:
 
     def files(self) -> set[str]:
         """Return every file that the committed state names."""
-        rows = [row for _, row in self.stored()]
-        rows += [*self.unreadable.values(), *self._deleted.values()]
-        rows += [row for row in (self._cleared or {}).values() if row != UNSAVED]
-        return {self._files[row] for row in rows}
+        rows = [*self.rows.values(), *self.unreadable.values(), *self._deleted.values()]
+        rows += (self._cleared or {}).values()
+        return {self._files[row] for row in rows if row != UNSAVED}
 
     # -- commits ---------------------------------------------------------------------------------
 
@@ -143,9 +143,9 @@ class Ledger:
 
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
-        rows = {**dict(self.stored()), **self._deleted}
-        rows.update((key, row) for key, row in (self._cleared or {}).items() if row != UNSAVED)
-        items = ((key, self._serials[row], self.entry(row)) for key, row in rows.items())
+        rows = {**(self._cleared or {}), **self._deleted, **dict(self.stored())}
+        stored = ((key, row) for key, row in rows.items() if row != UNSAVED)
+        items = ((key, self._serials[row], self.entry(row)) for key, row in stored)
         names = [encode([], serializer=name) for name in self.serializers.items()]
         return [encode([], first=True, left=self.obsolete), *names, *_encode_rest(items)]
 
@@ -204,7 +204,9 @@ class Ledger:
             self._cleared = None
         deleted, unread = self._read_keys(frame.deleted)
         for key in deleted:
-            self._retire(self._deleted.pop(key, UNSAVED))
+            if key in self._deleted:  # stays deleted, whatever becomes of it there
+                self._retire(self._deleted[key])
+                self._deleted[key] = UNSAVED
             if self.rows.get(key, UNSAVED) != UNSAVED:
                 changed[key] = self.rows.pop(key)
                 self._retire(changed[key])
@@ -230,7 +232,8 @@ class Ledger:
         gone += (self._cleared or {}).values()
         for row in gone:
             self._retire(row)
-        self._deleted, self._cleared, self.unreadable = {}, None, {}
+        self._deleted = dict.fromkeys([*self._deleted, *(self._cleared or {})], UNSAVED)
+        self._cleared, self.unreadable = None, {}
         self.rows = dict.fromkeys(self._new, UNSAVED)
         return changed
 
@@ -336,6 +339,10 @@ class Ledger:
         if not self._in_order:
             self.rows = dict(sorted(self.rows.items(), key=lambda item: self._serial(item[0])))
             self._in_order = True
+
+    def forget_folders(self, names: Iterable[str]) -> None:
+        """Note that folders have gone."""
+        self.folded.difference_update(name.lower() for name in names)
 
     def _note_capitals(self, names: list[str]) -> None:
         every = "/".join(names)

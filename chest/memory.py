@@ -14,11 +14,11 @@ from typing import Any
 
 from chest.columns import is_plain
 from chest.directory import remove_quietly
-from chest.errors import ChestClosedError, KeyTypeError, ReadOnlyError, UnsavedError
+from chest.errors import ChestClosedError, KeyTypeError, ReadOnlyError, UnsavedError, say, show
 from chest.hands import Hands
 from chest.ledger import UNSAVED
 from chest.residents import Closed, Residents
-from chest.serialize import UndumpableError, can_grow
+from chest.serialize import UndumpableError, changeable
 from chest.store import Staged
 
 logger = logging.getLogger("chest")
@@ -240,8 +240,8 @@ class Memory(Residents):
     def _report(self, unsaved: dict[Any, Exception]) -> None:
         for key, error in unsaved.items():
             kinds = (type(self.inmem.get(key)), type(error))
-            message = "the value of key %r stays in memory, it cannot be written: %r"
-            self._say_once(kinds, message, key, error)
+            message = "the value of key %s stays in memory, it cannot be written: %s"
+            self._say_once(kinds, message, show(key), say(error))
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ class Memory(Residents):
             self.close()
         except Exception as error:  # noqa: BLE001 -- nobody is left to catch it, so it is said
             message = "the chest at %s could not be closed: %s"
-            logger.error(message, self.path, error)  # noqa: TRY400 -- one line, no traceback
+            logger.error(message, self.path, say(error))  # noqa: TRY400 -- one line, no traceback
             self._end()
 
     def _end(self) -> None:
@@ -304,7 +304,7 @@ class Memory(Residents):
         with self.lock:
             rows = self.ledger.rows
             self.eviction.check(self.inmem)
-            fixed = {key: id(value) for key, value in self.inmem.items() if not can_grow(value)}
+            fixed = {key: id(value) for key, value in self.inmem.items() if not changeable(value)}
             assert {key: id(value) for key, value in self.fixed.items()} == fixed
             assert self.dirty.keys() <= self.inmem.keys(), "a dirty value is not resident"
             assert self.inmem.keys() <= rows.keys(), "a resident value has no key"

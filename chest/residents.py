@@ -19,18 +19,25 @@ from collections.abc import Hashable
 from typing import Any, NoReturn
 
 from chest.columns import Entry, is_plain
-from chest.errors import ChestClosedError, CorruptValueError, KeyTypeError, ReadOnlyError
+from chest.errors import (
+    ChestClosedError,
+    CorruptValueError,
+    KeyTypeError,
+    ReadOnlyError,
+    say,
+)
 from chest.eviction import Eviction
 from chest.hands import Hands
 from chest.ledger import UNSAVED, Ledger
 from chest.options import Options
-from chest.serialize import Serializer, UndumpableError, can_grow, changeable
+from chest.serialize import SMALL, Serializer, UndumpableError, changeable
 from chest.sizes import nbytes as default_nbytes
 from chest.store import Store, told
 
 logger = logging.getLogger("chest")
 
 PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of these can be"
+TEMPORARY_BYTES = 4096  # about what a directory with an empty index takes
 TOUCHES = 64  # how often a value is handed out between two looks at its size
 
 _MISSING: Any = object()
@@ -45,8 +52,10 @@ class Closed:
     def __getattr__(self, name: str) -> NoReturn:
         raise ChestClosedError(self._path)
 
-    def __getitem__(self, key: object) -> NoReturn:
+    def _refuse(self, *args: object) -> NoReturn:
         raise ChestClosedError(self._path)
+
+    __getitem__ = __contains__ = __iter__ = __len__ = __call__ = _refuse
 
 
 class Residents:
@@ -71,7 +80,7 @@ class Residents:
         self.serializer = serializer
         self.available = available
         self.inmem: dict[Any, Any] = {}
-        self.fixed: dict[Any, Any] = {}  # of these the values that cannot grow
+        self.fixed: dict[Any, Any] = {}  # of these the values that cannot change
         self._touched: dict[Any, tuple[int, int]] = {}  # of the others
         self.dirty: dict[Any, None] = {}
         self.eviction = Eviction()
@@ -103,8 +112,9 @@ class Residents:
         try:
             return self._open_store(path)
         except OSError as error:
+            message = told(error, path, TEMPORARY_BYTES)
             os.rmdir(path)
-            raise told(error, path, 0) from error
+            raise message from error
 
     def _open_store(self, path: str) -> Store:
         store = Store(path, self.serializer, self.options)
@@ -133,7 +143,7 @@ class Residents:
             value = self._in_memory(key)
             if key in self.dirty:
                 keep = True
-            elif value is _MISSING or not self._differs(value, digest):
+            elif value is _MISSING or not self._differs(key, value, digest):
                 keep = False
             else:
                 keep = True
@@ -171,6 +181,8 @@ class Residents:
         self._enter(key, value, size, max(uses, 1))
         if changeable(value):
             self._hold(key, value)
+        else:
+            self._settle(self._hands.empty())
 
     def _check_key(self, key: Hashable) -> None:
         if not self.serializer.trusts_pickle and not is_plain(key):
@@ -180,7 +192,7 @@ class Residents:
         """Make a value resident."""
         self._hands.forget(key)
         self.inmem[key] = value
-        if not can_grow(value):
+        if not changeable(value):
             self.fixed[key] = value
         self.eviction.enroll(key, size, uses)
 
@@ -206,7 +218,8 @@ class Residents:
         if not self._hands.try_hold(key, value):
             with self.lock:
                 self._hold(key, value)
-        return value
+        # Another thread may have spilled it before it was in the hand.
+        return value if self.inmem.get(key, _MISSING) is value else self.fetch(key)
 
     def _measure_again(self, key: Hashable, value: Any) -> None:
         """Count a value that is in use with the size that it has by now."""
@@ -249,7 +262,8 @@ class Residents:
                 return entry[0]
             try:
                 value = self._load(key, entry)
-                size = self.measure(value)
+                crowded = stream and entry.length > self.available - self.eviction.total
+                size = entry.length if crowded else self.measure(value)
             finally:
                 self._end_load(key)
             with self.lock:
@@ -343,8 +357,8 @@ class Residents:
             raise ValueError(f"{size!r} is no number of bytes")
         except Exception as error:  # noqa: BLE001 -- theirs may do anything; no set fails for it
             kind = type(value)
-            message = "the size of a %s is only estimated: %r"
-            self._say_once(("nbytes", kind), message, kind.__name__, error)
+            message = "the size of a %s is only estimated: %s"
+            self._say_once(("nbytes", kind), message, kind.__name__, say(error))
         if self.options.nbytes is default_nbytes:
             return sys.getsizeof(value, 64)
         try:
@@ -356,15 +370,13 @@ class Residents:
 
     def _hold(self, key: Hashable, value: Any) -> None:
         """Put a value in this thread's hand, and look at what was in it."""
-        released = self._hands.hold(key, value)
-        if released:
-            self._settle(released)
+        self._settle(self._hands.hold(key, value))
 
     def _settle(self, released: list[tuple[Any, Any]]) -> None:
         """Make those values resident and dirty that changed while they were in hand."""
         for n, (key, value) in enumerate(released):
             try:
-                changed = self._differs(value, self.ledger.digest(key))
+                changed = self._differs(key, value, self.ledger.digest(key))
             except BaseException:  # an interrupt: nobody knows, so they count as changed
                 for pair in released[n:]:
                     self._revive(*pair)
@@ -384,18 +396,18 @@ class Residents:
         for key in [key for key in self.inmem if key not in self.dirty]:
             self._must_write(key)
         for key, value in self._hands.alive():
-            if self._differs(value, self.ledger.digest(key)):
+            if self._differs(key, value, self.ledger.digest(key)):
                 self._revive(key, value)
 
     def _in_memory(self, key: Hashable) -> Any:
         """Return the value of a key that is resident or alive elsewhere, `_MISSING` if none is."""
         return self.inmem[key] if key in self.inmem else self._hands.get(key, _MISSING)
 
-    def _differs(self, value: Any, digest: int) -> bool:
+    def _differs(self, key: Hashable, value: Any, digest: int) -> bool:
         """Tell whether a clean value is not what was stored with `digest`."""
         if not self.options.writeback or self.readonly or not changeable(value):
             return False
-        size = self.measure(value)
+        size = self.eviction.size(key) if key in self.eviction else SMALL
         try:
             now = self.serializer.digest(value, size)
             if now is None:
@@ -409,7 +421,7 @@ class Residents:
     def _must_write(self, key: Hashable) -> bool:
         if key in self.dirty:
             return True
-        changed = self._differs(self.inmem[key], self.ledger.digest(key))
+        changed = self._differs(key, self.inmem[key], self.ledger.digest(key))
         if changed:
             self.dirty[key] = None
         return changed
@@ -445,7 +457,7 @@ class Residents:
         try:
             self.make_room(key)
         except OSError as error:
-            self._say_once(("disk", error.errno), "values stay in memory: %s", error)
+            self._say_once(("disk", error.errno), "values stay in memory: %s", say(error))
 
     def _say_once(self, what: Hashable, message: str, *args: object) -> None:
         level = logging.DEBUG if what in self._reported else logging.WARNING

@@ -95,12 +95,6 @@ def changeable(value: object) -> bool:
     return not _is_frozen_array(value)
 
 
-def can_grow(value: object) -> bool:
-    """Tell whether `value` could come to take more memory without being assigned anew."""
-    numpy = sys.modules.get("numpy")
-    return changeable(value) and not (numpy and type(value) is numpy.ndarray)
-
-
 def _is_frozen_array(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
     if numpy is None:
@@ -161,8 +155,7 @@ class Serializer:
         module = getattr(loader, "__module__", None) or ""
         self.trusts_pickle = module.partition(".")[0] in _PICKLE_MODULES
         self._streams = loader is pickle.load  # reads front to back, never by name
-        self._plain = self._streams and load is pickle.load and dump is dump_pickle
-        self._direct = self._plain and open is builtins.open
+        self._direct = dump is dump_pickle and load is pickle.load and open is builtins.open
 
     def write(self, value: object, path: str, size: int) -> tuple[int, int]:
         """Write `value` to the new file `path`; return its stream's length and digest.
@@ -211,14 +204,22 @@ class Serializer:
             self.text = sink.text
 
     def digest(self, value: object, size: int) -> int | None:
-        """Return the digest that `value` would be written with; None if only writing tells."""
-        if not self._plain:
-            return None
-        if size < SMALL:
+        """Return the digest that `value` would be written with; None if only writing tells.
+
+        Raises
+        ------
+        UndumpableError
+            If ``dump`` does not take the value.
+        """
+        if self._direct and size < SMALL:
             return digest_bytes(_guarded(pickle.dumps, value, 5))
         sink = HashingWriter(None)
-        self._dump_into(sink, value)
-        return sink.digest()
+        try:
+            self._dump_into(sink, value)
+        except UndumpableError:
+            if not sink.bypassed:
+                raise
+        return None if sink.bypassed else sink.digest()
 
     def measure(self, path: str) -> tuple[int, int]:
         """Return the length and the digest of the stream that `path` holds."""

@@ -17,12 +17,12 @@ import enum
 import operator
 import sys
 import types
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain, compress, islice
-from math import frexp, gcd
+from math import gcd
 from sys import getrefcount, getsizeof
 from threading import RLock
 from typing import Any, Protocol, TypeVar, cast, overload
@@ -280,19 +280,14 @@ def _unshared(parts: list[Any], weight: float, seen: dict[int, Any]) -> list[_St
     references = dict(zip(ids, map(getrefcount, parts), strict=True))
     often = Counter(times.values())
     least = min(1 + often[1] / (2 * often[2]), weight) if often[2] else weight
-    alike: dict[int, tuple[list[Any], list[float]]] = {}  # parts of about the same weight
+    alike = defaultdict[int, tuple[list[Any], list[float]]](lambda: ([], []))  # in powers of two
     for key, drawn in times.items():
-        elsewhere = references[key] - _COUNTING - drawn - 1  # not in `parts` and `different`
-        stands = drawn * weight / (elsewhere or 1)
-        floor = least if drawn == 1 else 1.0
-        if stands < floor:
-            stands = floor
         if key not in seen:
-            some = alike.get(magnitude := int(stands).bit_length())
-            if some is None:
-                some = alike[magnitude] = [], []
-            some[0].append(different[key])
-            some[1].append(stands)
+            elsewhere = references[key] - _COUNTING - drawn - 1  # not in `parts` and `different`
+            stands = max(drawn * weight / (elsewhere or 1), least if drawn == 1 else 1.0)
+            some, weights = alike[int(stands).bit_length()]
+            some.append(different[key])
+            weights.append(stands)
     seen.update(different)
     return [(some, sum(weights) / len(some)) for some, weights in alike.values()]
 

@@ -308,6 +308,7 @@ class Store:
         if self.ledger.obsolete:
             stuck = set(self.directory.remove(entry.file for entry in entries))
             self.ledger.obsolete = [entry for entry in entries if entry.file in stuck]
+            self.ledger.forget_folders(self.directory.missing_folders(e.file for e in entries))
 
     def _modernize(self) -> None:
         """Put an index of today in the place of that of chest 0.2.3."""

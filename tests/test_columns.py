@@ -65,12 +65,12 @@ def test_a_frame_says_what_was_put_in():
         first=True,
         cleared=True,
         serializer=("json.dump", True),
-        left=["old"],
+        left=[Entry("old", 0, 5, 6)],
         deleted=["gone", ("a", 1)],
     )
     frame = decode(data)
     assert (frame.first, frame.cleared, frame.serializer) == (True, True, ("json.dump", True))
-    assert (frame.left, frame.deleted) == (["old"], Keys(["gone", ("a", 1)], []))
+    assert (frame.left, frame.deleted) == ([Entry("old", 0, 5, 6)], Keys(["gone", ("a", 1)], []))
     (found,) = frame.blocks
     assert found.keys == Keys(["x", "y"], [])
     assert found.files == ["x", "_a/y"]
@@ -209,7 +209,7 @@ def test_values_in_files_of_their_own_may_have_places():
 def test_a_frame_names_the_files_it_puts_but_not_a_shared_one():
     own = block("ab", ("a", "_b/c"), lengths=packed(1, 1), digests=packed(1, 1))
     shared = block("p", ".pack-1")
-    assert named_files(payload(own, shared, left=["old"])) == ["a", "_b/c"]
+    assert named_files(payload(own, shared, left=[("old", 0, 1, 1)])) == ["a", "_b/c"]
 
 
 # -- what is no frame -----------------------------------------------------------------------------

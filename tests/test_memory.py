@@ -10,7 +10,6 @@ import functools
 import gc
 import gzip
 import io
-import itertools
 import json
 import logging
 import os
@@ -297,38 +296,65 @@ def test_a_value_in_hand_comes_back_as_the_same_object():
         assert c["k"] is value
 
 
+IN_HAND = ["list", "object", "numpy array", "large numpy array"]
+
+
+@pytest.mark.parametrize("kind", IN_HAND)
 @pytest.mark.parametrize("way", ["set", "get from disk", "get from memory"])
-def test_another_thread_cannot_push_it_out_of_the_hand(path, way):
-    with Chest(path=path, available_memory=2000) as c:
-        c["k"] = []
+def test_another_thread_cannot_push_it_out_of_the_hand(path, way, kind):
+    make, change = CHANGES[kind]
+    expected = make()
+    change(expected)
+    with Chest(path=path, available_memory=200_000) as c:
+        c["k"] = make()
         if way == "get from disk":
             c.move_to_disk("k")
-        c["x"] = 1
+        c["x"] = ["the next value"]
         in_hand, gone = threading.Event(), threading.Event()
 
-        def append():
+        def change_it():
             if way == "set":
-                c["k"] = value = []
+                c["k"] = value = make()
             else:
                 value = c["k"]
             in_hand.set()
             assert gone.wait(10)
-            value.append(1)
+            change(value)
 
-        def push_out():
+        def push_it_out():
             assert in_hand.wait(10)
-            for n in itertools.count():
-                c[f"other{n}"] = "x" * 500
-                if "k" not in c.inmem:
-                    break
-                assert n < 1000
+            c.available_memory = 0
+            assert "k" not in c.inmem
             gone.set()
 
-        in_threads(append, push_out)
-        assert c["k"] == [1]
-        c.flush()
-        crowd(c)
-        assert c["k"] == [1]
+        in_threads(change_it, push_it_out)
+        c["x"] = ["the next value"]
+        assert same(c["k"], expected)
+    with Chest(path=path) as c:
+        assert same(c["k"], expected)
+
+
+@pytest.mark.parametrize("kind", IN_HAND)
+def test_a_value_that_leaves_while_it_is_handed_out_is_in_hand(path, kind):
+    make, change = CHANGES[kind]
+    expected = make()
+    change(expected)
+    with Chest({"k": make()}, path=path) as c:
+        c["x"] = ["the next value"]
+        marked = []
+
+        def leave(key):  # called by a hit between finding the value and handing it out
+            marked.append(key)
+            in_threads(lambda: c.move_to_disk("k"))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(c._memory, "mark", leave)
+            value = c["k"]
+        assert marked == ["k"]
+        change(value)
+        del value
+        c["x"] = ["the next value"]
+        assert same(c["k"], expected)
 
 
 @pytest.mark.parametrize("budget", [0, 400, 4000])
@@ -531,6 +557,7 @@ def test_references_to_the_dead_do_not_pile_up():
     left = hands.Hands()
     for n in range(5 * hands.REFERENCES):
         left.leave(n, Box())
+    gc.collect()
     assert len(left.alive()) == 0
     assert sum(left.get(n, "gone") != "gone" for n in range(5 * hands.REFERENCES)) == 0
     assert len(left._left) <= hands.REFERENCES + 1
@@ -892,7 +919,7 @@ def test_an_unsavable_value_is_told_of_once(path, caplog):
             ("chest", "WARNING")
         ]
         assert "'bad'" in caplog.text
-        assert "ValueError('no')" in caplog.text
+        assert re.search("ValueError.*no", caplog.text)
         discard(c, "bad")
 
 
@@ -1018,7 +1045,7 @@ def test_telling_of_an_unsavable_value_does_not_keep_it_alive(path, caplog):
         c["bad"] = value = Stubborn(ValueError("no"))
         reference = weakref.ref(value)
         assert caplog.records
-        c["bad"] = "good"
+        c["bad"] = ["good"]
         del value
         gc.collect()
         assert reference() is None
@@ -1050,8 +1077,6 @@ UNPICKLABLE_KEYS = {
     "raises OSError": lambda: StubbornKey(OSError(errno.ENOSPC, "the key's")),
     "raises MemoryError": lambda: StubbornKey(MemoryError()),
     "within a tuple": lambda: ("a", StubbornKey(KeyError("no"))),
-    "nested too deeply": lambda: nested_tuple(3000),
-    "without a repr": lambda: NamelessKey(ValueError("no")),
 }
 
 
@@ -1084,6 +1109,27 @@ def test_flush_names_an_unpicklable_key_and_saves_all_others(path, unpicklable):
         discard(c, unpicklable)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [nested_tuple(3000), NamelessKey(ValueError("no"))],
+    ids=["nested too deeply", "without a repr"],
+)
+def test_an_unpicklable_key_is_told_of_even_where_its_repr_fails(path, key, caplog):
+    c = Chest(path=path, available_memory=0)
+    try:
+        c[key] = "stays"
+        crowd(c)
+        assert [*c.inmem.values()] == ["stays"]
+        assert len(caplog.records) == 1
+        with pytest.raises(UnsavedError) as info:
+            c.flush()
+        assert info.value.keys[0] is key
+        assert "1 of the values could not be saved" in str(info.value)
+    finally:
+        c.clear()
+        c.close()
+
+
 class Colour(enum.Enum):
     RED = 1
 
@@ -1102,8 +1148,8 @@ class Pair(NamedTuple):
 
 
 NOT_PLAIN = [
-    dt.date(2026, 1, 1), Colour.RED, Number.ONE, Name("a"), Pair(1, 2), np.int64(1),
-    np.str_("a"), ("a", dt.date(2026, 1, 1)), frozenset({Colour.RED}), object(), len,
+    dt.date(2026, 1, 1), Colour.RED, Number.ONE, Name("b"), Pair(1, 2), np.int64(1),
+    np.str_("b"), ("a", dt.date(2026, 1, 1)), frozenset({Colour.RED}), object(), len,
     Decimal(1), 1j, range(3),
 ]  # fmt: skip
 PLAIN = [
@@ -1392,40 +1438,44 @@ def test_flush_names_the_unsavable_and_the_refused_together(crowded, how):
 
 
 class Limit:
-    """A folder on a disk where no file may grow, between `fill` and `free`."""
+    """A folder on a disk that is full for any file that is to grow."""
 
     def __init__(self, path):
         self.path = path
-        self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
         os.mkdir(path)
 
-    def fill(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, self._before[1]))
-
-    def free(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
+    @contextmanager
+    def full(self):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     def remove(self):
-        self.free()
+        """Do nothing: the folder goes with all that the test made."""
 
 
 class SmallDisk:
-    """A folder on a file system of its own, full between `fill` and `free`."""
+    """A folder that is a file system of its own."""
 
     def __init__(self, path):
         self.path = path
-        self._ballast = os.path.join(path, "ballast")
         os.mkdir(path)
         command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path]
         subprocess.run(command, check=True, capture_output=True)
 
-    def fill(self):
-        with suppress(OSError), open(self._ballast, "wb", buffering=0) as file:
+    @contextmanager
+    def full(self):
+        ballast = os.path.join(self.path, "ballast")
+        with suppress(OSError), open(ballast, "wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
-
-    def free(self):
-        os.unlink(self._ballast)
+        try:
+            yield
+        finally:
+            os.unlink(ballast)
 
     def remove(self):
         subprocess.run(["umount", "--lazy", self.path], check=True)
@@ -1451,19 +1501,18 @@ def test_a_full_disk_loses_nothing(small_disk, size, name):
         c.move_to_disk("old")
         c["kept"] = ["k" * 600]
         expected = {"old": ["old"], "kept": ["k" * 600], "new": random_text(NEW[size])}
-        small_disk.fill()
-        with pytest.raises(OSError, match=r"bytes needed, \d+ bytes are free") as info:
-            c["new"] = expected["new"]
-        assert path in str(info.value)
-        assert c["new"] is expected["new"]
-        assert dict(c) == expected
-        assert files(path) == [".keys", "old"]
-        with pytest.raises(UnsavedError) as info:
-            c.flush()
-        assert {*info.value.keys} == {"new", "kept"}
-        assert files(path) == [".keys", "old"]
-        c._check()
-        small_disk.free()
+        with small_disk.full():
+            with pytest.raises(OSError, match=r"bytes needed, \d+ bytes are free") as info:
+                c["new"] = expected["new"]
+            assert path in str(info.value)
+            assert c["new"] is expected["new"]
+            assert dict(c) == expected
+            assert files(path) == [".keys", "old"]
+            with pytest.raises(UnsavedError) as info:
+                c.flush()
+            assert {*info.value.keys} == {"new", "kept"}
+            assert files(path) == [".keys", "old"]
+            c._check()
         c.flush()
         c._check()
         assert dict(c) == expected
@@ -1483,25 +1532,23 @@ def test_unchanged_values_leave_though_the_disk_is_full(small_disk, name):
     expected = {f"k{n}": [n] for n in range(5)}
     with Chest(expected, path=path, **SERIALIZERS[name]) as c:
         c.flush()
-        small_disk.fill()
-        c.available_memory = 0
-        assert not c.inmem
-        assert dict(c) == expected
-        small_disk.free()
+        with small_disk.full():
+            c.available_memory = 0
+            assert not c.inmem
+            assert dict(c) == expected
 
 
 def test_a_temporary_chest_leaves_no_folder_on_a_full_disk(small_disk, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", small_disk.path)
     with Chest(available_memory=0) as c:
-        small_disk.fill()
-        before = os.listdir(small_disk.path)
-        for n in range(3):
-            with pytest.raises(OSError, match=r"bytes needed, \d+ bytes are free") as info:
-                c[n] = [n]
-            assert small_disk.path in str(info.value)
-        assert os.listdir(small_disk.path) == before
-        assert dict(c) == {n: [n] for n in range(3)}
-        small_disk.free()
+        with small_disk.full():
+            before = os.listdir(small_disk.path)
+            for n in range(3):
+                with pytest.raises(OSError, match=r"bytes needed, \d+ bytes are free") as info:
+                    c[n] = [n]
+                assert small_disk.path in str(info.value)
+            assert os.listdir(small_disk.path) == before
+            assert dict(c) == {n: [n] for n in range(3)}
         c.shrink()
         assert not c.inmem
         assert dict(c) == {n: [n] for n in range(3)}
@@ -1614,10 +1661,10 @@ def test_a_size_function_of_ones_own_counts():
     with Chest(available_memory=100, nbytes=len) as c:
         c["a"] = "x" * 60
         assert c.memory_usage == 60
-        c["b"] = "x" * 60
-        assert c.memory_usage == 60
-        c["c"] = "x" * 40
-        assert c.memory_usage <= 100
+        c["b"] = "x" * 40
+        assert c.memory_usage == 100
+        c["c"] = "x"
+        assert c.memory_usage < 100
 
 
 @pytest.mark.parametrize("size", [np.int64(100), np.float64(100.5), 100.0, True, 0], ids=repr)
@@ -1655,7 +1702,7 @@ def test_where_the_size_function_raises_the_estimate_counts_and_that_is_told_onc
         assert c[0] == "value 0"
         assert c.memory_usage == sum(nbytes(f"value {n}") for n in range(5))
         assert len(caplog.records) == 1
-        assert repr(error) in caplog.text
+        assert type(error).__name__ in caplog.text
 
 
 def test_a_lower_budget_holds_at_once():

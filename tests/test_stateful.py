@@ -14,6 +14,7 @@ import gzip
 import json
 import os
 import pickle
+import sys
 import tempfile
 from builtins import open as builtin_open
 from unittest import mock
@@ -153,27 +154,24 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self):
         try:
-            if hasattr(self, "chest"):
+            if sys.exception() is None:
                 self.end()
-        finally:
-            self.patch.stop()
-            self.folder.cleanup()
-
-    def end(self):
-        try:
-            self.compare()
-            self.drop_unsaveable()
-            self.chest.close()
-            if self.path is not None:
-                with Chest(path=self.path, **self.options(1e9)) as self.chest:
-                    self.compare()
-                files = [name for name in os.listdir(self.path) if name.startswith(".")]
-                assert files == [".keys"]
         finally:
             self.drop_unsaveable()
             for handle in (self.chest, self.other):
                 if handle is not None:
                     handle.close()
+            self.patch.stop()
+            self.folder.cleanup()
+
+    def end(self):
+        self.compare()
+        self.drop_unsaveable()
+        self.chest.close()
+        if self.path is not None:
+            self.chest = Chest(path=self.path, **self.options(1e9))
+            self.compare()
+            assert [name for name in os.listdir(self.path) if name.startswith(".")] == [".keys"]
 
     def compare(self):
         assert typed(self.chest) == typed(self.model)
@@ -478,9 +476,10 @@ class ConflictMachine(RuleBasedStateMachine):
 
     def teardown(self):
         try:
-            for i in (0, 1):
-                self.flush(i)
-            self.views_are_right()
+            if sys.exception() is None:
+                self.flush(0)
+                self.flush(1)
+                self.views_are_right()
         finally:
             self.patch.stop()
             for handle in self.handles:
@@ -513,7 +512,7 @@ class ConflictMachine(RuleBasedStateMachine):
     @rule(i=which)
     def clear(self, i):
         self.handles[i].clear()
-        self.pending[i] = dict.fromkeys(self.view(i), GONE)
+        self.pending[i] |= dict.fromkeys(self.view(i), GONE)
 
     @rule(i=which)
     def flush(self, i):
