@@ -11,6 +11,7 @@ pickle, which are not opened here.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import sys
 from array import array
@@ -193,11 +194,27 @@ def decode(payload: bytes) -> Frame:
 
 
 def _keys(plain: list[Any], pickled: list[bytes]) -> Keys:
-    if not {*map(type, plain)} <= _ATOMS and not all(map(is_plain, plain)):
+    kinds = {*map(type, plain)}
+    if kinds & {float, tuple, frozenset} and any(map(_has_nan, plain)):
+        plain = [*map(_with_one_nan, plain)]
+    if not kinds <= _ATOMS and not all(map(is_plain, plain)):
         raise FrameError("it has a key that is not plain")
     if not {*map(type, pickled)} <= {bytes}:
         raise FrameError("it has a key that is not a pickle")
     return Keys(plain, pickled)
+
+
+def _has_nan(key: Any) -> bool:
+    if type(key) is tuple or type(key) is frozenset:
+        return any(map(_has_nan, key))
+    return type(key) is float and key != key  # noqa: PLR0124 -- only a nan is not itself
+
+
+def _with_one_nan(key: Any) -> Any:
+    """Make every nan the same object: as a key it is equal to nothing but that."""
+    if type(key) is tuple or type(key) is frozenset:
+        return type(key)(map(_with_one_nan, key))
+    return math.nan if _has_nan(key) else key
 
 
 def named_files(payload: bytes) -> list[str]:

@@ -102,7 +102,8 @@ class Ledger:
     @property
     def pending(self) -> bool:
         """Whether there is a deletion that no commit has told yet."""
-        return bool(self._deleted or self._cleared or (self.unreadable and self._cleared is not None))
+        cleared = self._cleared is not None and (self._cleared or self.unreadable)
+        return bool(self._deleted or cleared)
 
     def entry(self, row: int) -> Entry:
         """Return where the value of a row lies."""
@@ -198,6 +199,8 @@ class Ledger:
         """
         frame = decode(payload)
         self._apply_head(frame)
+        if frame.first:  # what earlier commits deleted, too, may come back as a new key
+            self._deleted = {key: row for key, row in self._deleted.items() if row != UNSAVED}
         changed = self._apply_clear() if frame.cleared else {}
         if self._cleared is not None:  # from here on "everything" would be too much
             self._delete_all(self._cleared)

@@ -52,7 +52,7 @@ class Closed:
     def __getattr__(self, name: str) -> NoReturn:
         raise ChestClosedError(self._path)
 
-    def _refuse(self, *args: object) -> NoReturn:
+    def _refuse(self, *_: object) -> NoReturn:
         raise ChestClosedError(self._path)
 
     __getitem__ = __contains__ = __iter__ = __len__ = __call__ = _refuse

@@ -34,6 +34,7 @@ _SizerT = TypeVar("_SizerT", bound=_Sizer)
 _Group = tuple[Any, Any]  # a collection, after the type whose methods reach its parts
 _Opened = tuple[int, list[_Group]]  # a value's own bytes, and where its parts are
 _Opener = Callable[[Any], _Opened]
+_Sized = list[tuple[_Group, int]]  # collections with the number of their parts
 _Stratum = tuple[list[Any], float]  # parts, and how many real ones each of them stands for
 
 _BUDGET = 3072  # parts looked at in one value, whatever its size
@@ -186,46 +187,47 @@ def _walk(value: Any) -> int:
             own, groups = _open(parts)
             total += own * weight
             if groups and budget > 0:
-                opened.append((groups, weight))
+                opened.append((groups, weight, weight * sum(size for _, size in groups)))
         strata = []
-        for groups, weight in opened:
-            for parts, factor in _draw(groups, budget // (_TAPER * len(opened)) or 1):
+        level = sum(stands for *_, stands in opened)
+        may = budget / _TAPER
+        for groups, weight, stands in opened:  # half to each alike, half by what it stands for
+            for parts, factor in _draw(groups, int(may / 2 / len(opened) + may / 2 * stands / level) or 1):
                 budget -= len(parts)
                 strata += _unshared(parts, weight * factor, seen)
     return round(total)
 
 
-def _open(values: list[Any]) -> _Opened:
+def _open(values: list[Any]) -> tuple[int, _Sized]:
     """Take values apart: the sum of their own bytes, and all collections of parts in them."""
     kinds = set(map(type, values))
     if len(kinds) == 1 and (plain := _plain.get(*kinds)) is not None:
         return sum(map(plain, values)), []
-    total, groups = 0, []
+    total, found = 0, []
     for value in values:
         opener = _openers[type(value)]
         if opener is None:
             total += _sizers[type(value)](value)
         else:
-            own, parts = opener(value)
+            own, groups = opener(value)
             total += own
-            groups += [group for group in parts if group[0].__len__(group[1])]
-    return total, groups
+            found += [(group, n) for group in groups if (n := group[0].__len__(group[1]))]
+    return total, found
 
 
-def _draw(groups: list[_Group], count: int) -> Iterator[_Stratum]:
+def _draw(groups: _Sized, count: int) -> Iterator[_Stratum]:
     """Draw about `count` parts: small collections in full, the others at even distances."""
-    sized = [(group, group[0].__len__(group[1])) for group in groups]
-    total = sum(size for _, size in sized)
+    total = sum(size for _, size in groups)
     fair = count if total <= count else count // len(groups)
-    whole = list(chain.from_iterable(base.__iter__(h) for (base, h), n in sized if n <= fair))
+    whole = list(chain.from_iterable(base.__iter__(h) for (base, h), n in groups if n <= fair))
     if whole:
         yield whole, 1.0
     if total > len(whole):
-        drawn = _spread([each for each in sized if each[1] > fair], count - len(whole))
+        drawn = _spread([each for each in groups if each[1] > fair], count - len(whole))
         yield drawn, (total - len(whole)) / len(drawn)
 
 
-def _spread(groups: list[tuple[_Group, int]], count: int) -> list[Any]:
+def _spread(groups: _Sized, count: int) -> list[Any]:
     """Draw at one distance throughout, as if the collections lay end to end.
 
     It has to fall in step with no period in the data: a large distance shares no small factor
@@ -384,6 +386,8 @@ def _open_row(base: type, value: Any) -> _Opened:
 
 
 def _open_dict(value: Any) -> _Opened:
+    if dict.__len__(value) <= _RECORD:
+        return _own(value), [(list, [*dict.keys(value), *dict.values(value)])]
     return _own(value), [(_Keys, dict.keys(value)), (_Values, dict.values(value))]
 
 

@@ -53,8 +53,9 @@ def main() -> None:
             identical = list(chest) == list(plain) and chest == plain
 
         places = sum(map(len, plain.values()))
+        size = sum(map(nbytes, plain.values()))
         print(f"{len(plain):,} words at {places:,} places of {len(files)} files: {seconds:.0f} s")
-        print(f"in memory up to {count['bytes'] / 1e6:.1f} MB, as a dict {nbytes(plain) / 1e6:.1f} MB")
+        print(f"in memory up to {count['bytes'] / 1e6:.1f} MB, as a dict {size / 1e6:.1f} MB")
         print(f"on disk {bytes_below(path) / 1e6:.1f} MB")
         print(f"values spilled {count['spilled']:,} times, read back {count['read']:,} times")
         print(f"reopened: {found}; {'' if identical else 'NOT '}identical to a dict")

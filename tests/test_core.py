@@ -8,6 +8,7 @@ import datetime as dt
 import decimal
 import enum
 import errno
+import gc
 import glob
 import gzip
 import json
@@ -1087,6 +1088,15 @@ def test_values_are_kept_apart_whatever_names_key_to_filename_gives(tmp_path, pa
     assert os.listdir(tmp_path) == ["chest"]
 
 
+def test_values_are_saved_where_key_to_filename_raises(path):
+    with Chest(path=path, key_to_filename=lambda key: key + ".pickle") as c:
+        c["x"] = [1]
+        c[1] = [2]
+    with Chest(path=path) as c:
+        assert list(c.items()) == [("x", [1]), (1, [2])]
+        assert c.key_to_filename("x") == os.path.join(path, "x.pickle")
+
+
 def test_the_file_name_told_before_the_first_flush_is_the_one_used(path):
     with Chest(path=path) as c:
         c["x"] = [1]
@@ -1156,6 +1166,18 @@ def test_a_temporary_directory_is_gone_when_the_last_reference_is():
     assert temporary_directories() != []
     del c
     assert temporary_directories() == []
+
+
+def test_a_chest_in_a_reference_cycle_ends_when_it_is_collected(path):
+    for options in [{"path": path}, {"available_memory": 0}]:
+        c = Chest(**options)
+        c["x"] = [1]
+        c.cycle = c.values()
+        del c
+        gc.collect()
+    assert temporary_directories() == []
+    with Chest(path=path) as c:
+        assert c == {"x": [1]}
 
 
 def test_a_chest_with_a_path_is_saved_when_the_last_reference_goes(path):

@@ -33,7 +33,8 @@ def run(tmp_path, monkeypatch):
         "from typing import NamedTuple\n\nclass Point(NamedTuple):\n    x: int\n    y: int\n"
     )
     monkeypatch.syspath_prepend(folder)
-    env = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
+    modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": modules}
 
     def run(script, *, status=0):
         file = folder / "script.py"
@@ -86,14 +87,8 @@ SAVED = {
         owner.chest['x'] = [1, 2, 3]
         del owner
         """,
-    "a value refers to the chest's owner": """
-        class Owner:
-            pass
-
-        owner = Owner()
-        owner.chest = Chest(path=PATH)
-        owner.chest['x'] = [1, 2, 3]
-        owner.chest.on_close = owner.chest.keys()
+    "a view refers to the chest": """
+        items = Chest([('x', [1, 2, 3])], PATH).items()
         """,
     "with block": """
         with Chest(path=PATH) as c:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import weakref
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from decimal import Decimal
@@ -1524,6 +1525,74 @@ def test_a_full_disk_loses_nothing(small_disk, size, name):
 def random_text(value):
     """Return a value like this one that does not shrink when it is compressed."""
     return ["".join(random.Random(0).choices("0123456789abcdef", k=len(value[0])))]
+
+
+def dump_in_pieces(obj, file):
+    for start in range(0, len(obj), 999):
+        file.write(obj[start : start + 999])
+
+
+def dump_flushing(obj, file):
+    file.write(obj)
+    file.flush()
+
+
+def dump_zip(obj, file):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("content", obj)
+
+
+def dump_by_name(obj, file):
+    with open(file.name, "wb") as again:
+        again.write(obj)
+
+
+def dump_complaining(obj, file):
+    try:
+        file.write(obj)
+        file.flush()
+    except OSError as error:
+        raise ValueError("it does not work") from error
+
+
+def dump_silently(obj, file):
+    with suppress(OSError):
+        file.write(obj)
+    with suppress(OSError):
+        file.flush()
+
+
+DUMPS = {
+    "write": lambda obj, file: file.write(obj),
+    "write in pieces": dump_in_pieces,
+    "flush": dump_flushing,
+    "zip": dump_zip,
+    "by name": dump_by_name,
+    "numpy": lambda obj, file: np.save(file, np.frombuffer(obj, "u1")),
+    "with an error of its own": dump_complaining,
+    "without an error": dump_silently,
+}
+
+
+@pytest.mark.parametrize("length", [5000, 100_000])
+@pytest.mark.parametrize("name", DUMPS)
+def test_a_full_disk_is_not_taken_for_an_unsavable_value(small_disk, name, length):
+    path = os.path.join(small_disk.path, "chest")
+    value = random.Random(0).randbytes(length)
+    with Chest(path=path, available_memory=0, dump=DUMPS[name]) as c:
+        with small_disk.full():
+            for _ in range(2):
+                with pytest.raises(OSError, match="bytes needed"):
+                    c["k"] = value
+            with pytest.raises(OSError, match="bytes needed"):
+                c.shrink()
+            assert c["k"] is value
+            assert files(path) == [".keys"]
+        c.shrink()
+        assert not c.inmem
+        with open(c.key_to_filename("k"), "rb") as file:
+            assert value in file.read()
+        c._check()
 
 
 @pytest.mark.parametrize("name", SERIALIZERS)
