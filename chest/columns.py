@@ -217,9 +217,14 @@ def _with_one_nan(key: Any) -> Any:
     return math.nan if _has_nan(key) else key
 
 
-def named_files(payload: bytes) -> list[str]:
-    """Return the files that a payload puts, those of values that have one of their own."""
-    return [name for block in decode(payload).blocks if not block.packed for name in block.files]
+def own_entries(payload: bytes) -> list[Entry]:
+    """Return the entries that a payload puts, of values that have a file of their own."""
+    columns = [
+        zip(block.files, block.places, block.lengths, block.digests, strict=True)
+        for block in decode(payload).blocks
+        if not block.packed
+    ]
+    return [Entry(*row) for column in columns for row in column]
 
 
 def _pack(numbers: list[int]) -> Packed:

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import count
 
@@ -61,49 +61,29 @@ class Directory:
 
     def name_for(self, key: object) -> str:
         """Return the name that the file of `key` should have."""
-        name = self._namer(key)
+        try:
+            name = self._namer(key)
+        except Exception:  # noqa: BLE001 -- it is somebody else's, and no value is lost for it
+            return digest_name(key)
         if is_safe_filename(name) and len(name.rpartition("/")[2].encode()) <= NAME_BYTES:
             return name
         return digest_name(key)
 
-    def free_name(self, name: str, *taken: set[str]) -> str:
-        """Return `name`, or one like it that no file has on any system; needs the lock.
+    def exists(self, name: str) -> bool:
+        """Tell whether a file or folder has `name`, or would have it if case did not count."""
+        return any(os.path.lexists(self._join(way)) for way in {name, name.lower()})
 
-        Parameters
-        ----------
-        name : str
-        *taken : set of str
-            Lower-case forms of names that are in use already.
-        """
-        folder, slash, last = name.rpartition("/")
-        if slash:
-            folder = self._make_folder(folder, *taken)
-        for suffix in _suffixes():
-            name = folder + slash + last + suffix
-            if not _is_in(name, taken) and not self._exists(name):
-                return name
-        raise AssertionError("there is always another suffix")
-
-    def _make_folder(self, name: str, *taken: set[str]) -> str:
-        parent, slash, last = name.rpartition("/")
-        if slash:
-            parent = self._make_folder(parent, *taken)
-        for suffix in _suffixes():
-            name = parent + slash + last + suffix
-            full = self._join(name)
-            if not _is_in(name, taken) and not self._exists(name):
-                os.mkdir(full, 0o700)
-            if os.path.isdir(full) and not os.path.islink(full):
-                return name
-        raise AssertionError("there is always another suffix")
-
-    def _exists(self, name: str) -> bool:
-        names = {name, name.lower()}
-        return any(os.path.lexists(self._join(name)) for name in names)
+    def has_folder(self, name: str) -> bool:
+        """Tell whether `name` is a folder, and not a link to one."""
+        full = self._join(name)
+        return os.path.isdir(full) and not os.path.islink(full)
 
     def place(self, staged: str, name: str) -> None:
         """Give a staging file its final name."""
-        os.rename(staged, self._join(name))
+        full = self._join(name)
+        if "/" in name:
+            os.makedirs(os.path.dirname(full), 0o700, exist_ok=True)
+        os.rename(staged, full)
 
     def remove(self, names: Iterable[str]) -> list[str]:
         """Remove files and the folders that they leave empty; return those that stay."""
@@ -157,16 +137,56 @@ class Directory:
         sync_folder(self.path)
 
 
-def _suffixes() -> Iterable[str]:
+class Names:
+    """Chooses the names of the files of one commit: no two alike, on any system; needs the lock.
+
+    Parameters
+    ----------
+    directory : Directory
+    folded : set of str
+        The lower-case forms of names in use that have capital letters.
+    """
+
+    def __init__(self, directory: Directory, folded: set[str]) -> None:
+        self._directory = directory
+        self._folded = folded
+        self._files: set[str] = set()
+        self._folders: dict[str, str] = {}  # by lower-case form
+
+    def choose(self, name: str) -> str:
+        """Return `name`, or one like it that is free."""
+        folder, slash, last = name.rpartition("/")
+        start = self._choose_folder(folder) + slash if slash else ""
+        name = next(filter(self._free, (start + last + suffix for suffix in _suffixes())))
+        self._files.add(name.lower())
+        return name
+
+    def _choose_folder(self, name: str) -> str:
+        parent, slash, last = name.rpartition("/")
+        start = self._choose_folder(parent) + slash if slash else ""
+        for suffix in _suffixes():
+            name = start + last + suffix
+            lower = name.lower()
+            if self._folders.get(lower) == name:
+                return name
+            known = lower in self._folders or lower in self._files
+            if not known and (self._directory.has_folder(name) or self._free(name)):
+                self._folders[lower] = name
+                return name
+        raise AssertionError("there is always another suffix")
+
+    def _free(self, name: str) -> bool:
+        lower = name.lower()
+        used = lower in self._files or lower in self._folders or lower in self._folded
+        return not used and not self._directory.exists(name)
+
+
+def _suffixes() -> Iterator[str]:
     yield ""
     for n in range(1, TRIES):
         yield f"~{n}"
     while True:
         yield f"~{secrets.token_hex(4)}"
-
-
-def _is_in(name: str, taken: Iterable[set[str]]) -> bool:
-    return any(name.lower() in names for names in taken)
 
 
 def _remove_folder(path: str) -> bool:

@@ -254,8 +254,9 @@ class Ledger:
             if mine == UNSAVED or self.entry(mine) != old.entry(row):
                 changed[key] = old.entry(row).digest
         old._delete_all(old._cleared or {})
-        for key in self.rows.keys() & old._deleted.keys():
-            self.delete(key)
+        for key, row in old._deleted.items():
+            if row != UNSAVED and key in self.rows:
+                self.delete(key)
         for key, serial in old._new.items():
             if key not in self.rows:
                 self.rows[key] = UNSAVED

@@ -53,7 +53,7 @@ def absolute(path: str | os.PathLike[str] | None) -> str | None:
     """
     if path is None:
         return None
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     if not name:
         raise ValueError("path is empty: give the directory of the chest, or None")
     return os.path.abspath(name)

@@ -200,6 +200,8 @@ class Serializer:
             if sink.refused is not None:
                 raise sink.refused from error
             raise UndumpableError(error) from error
+        if sink.refused is not None:  # ``dump`` kept to itself that the disk refused
+            raise sink.refused
         if self.text is None:
             self.text = sink.text
 

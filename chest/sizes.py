@@ -187,15 +187,20 @@ def _walk(value: Any) -> int:
             own, groups = _open(parts)
             total += own * weight
             if groups and budget > 0:
-                opened.append((groups, weight, weight * sum(size for _, size in groups)))
+                opened.append((groups, weight))
         strata = []
-        level = sum(stands for *_, stands in opened)
-        may = budget / _TAPER
-        for groups, weight, stands in opened:  # half to each alike, half by what it stands for
-            for parts, factor in _draw(groups, int(may / 2 / len(opened) + may / 2 * stands / level) or 1):
+        for (groups, weight), count in zip(opened, _quotas(opened, budget), strict=True):
+            for parts, factor in _draw(groups, count):
                 budget -= len(parts)
                 strata += _unshared(parts, weight * factor, seen)
     return round(total)
+
+
+def _quotas(opened: list[tuple[_Sized, float]], budget: int) -> list[int]:
+    """Say how many parts to draw: one half for each stratum alike, one by what they stand for."""
+    stand = [weight * sum(size for _, size in groups) for groups, weight in opened]
+    half, everything = budget / _TAPER / 2, sum(stand)
+    return [int(half / len(opened) + half * some / everything) or 1 for some in stand]
 
 
 def _open(values: list[Any]) -> tuple[int, _Sized]:
@@ -307,13 +312,14 @@ def _find(kind: type) -> tuple[_Sizer, _Opener | None]:
             return _leaf(kind), None
         opener = _OPENERS.get(base) or _NAMED.get(name)
         if opener:
-            fields = () if name[0] in _SEALED else _fields(kind)
-            opener = partial(_open_with, opener, fields) if fields else opener
-            return _QUICK.get(kind, _walk), opener
-    fields = _fields(kind)
+            more = _NOTHING if name[0] in _SEALED else _fields(kind)
+            return _QUICK.get(kind, _walk), partial(_open_with, opener, *more)
+    more = _fields(kind)
     if any("nbytes" in vars(base) for base in kind.__mro__):
-        return _walk, partial(_open_claim, fields)
-    return (_walk, partial(_open_with, _open_bare, fields)) if fields else (_leaf(kind), None)
+        return _walk, partial(_open_claim, partial(_open_with, _open_bare, *more))
+    if more == _NOTHING:
+        return _leaf(kind), None
+    return _walk, partial(_open_with, _open_bare, *more)
 
 
 def _leaf(kind: type) -> _Sizer:
@@ -336,18 +342,21 @@ def _ask(sizer: _Sizer, value: Any) -> int:
     return max(int(sizer(value)), 0)
 
 
-def _fields(kind: type) -> tuple[Any, ...]:
+_NOTHING: tuple[tuple[Any, ...], Any] = (), None
+
+
+def _fields(kind: type) -> tuple[tuple[Any, ...], Any]:
     """Find the descriptors of slots and of ``__dict__``: reading these runs nobody's code."""
-    descriptors = types.GetSetDescriptorType, types.MemberDescriptorType
-    slots = [
+    slots = tuple(
         field
         for base in kind.__mro__
         if "__slots__" in vars(base)
         for field in vars(base).values()
         if isinstance(field, types.MemberDescriptorType)
-    ]
-    dicts = [vars(base).get("__dict__") for base in kind.__mro__]
-    return (*slots, *[d for d in dicts if isinstance(d, descriptors)][:1])
+    )
+    dicts = (vars(base).get("__dict__") for base in kind.__mro__)
+    c_made = types.GetSetDescriptorType, types.MemberDescriptorType
+    return slots, next((attributes for attributes in dicts if isinstance(attributes, c_made)), None)
 
 
 def _read(field: Any, value: Any) -> Any:
@@ -357,24 +366,50 @@ def _read(field: Any, value: Any) -> Any:
         return None
 
 
-def _open_with(opener: _Opener, fields: tuple[Any, ...], value: Any) -> _Opened:
+class _Fields:
+    """What descriptors read from a value; a list would add references, which are counted."""
+
+    def __init__(self, fields: tuple[Any, ...], value: Any) -> None:
+        self.fields = fields
+        self.value = value
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (_read(field, self.value) for field in self.fields)
+
+
+class _Entries:
+    """The keys and the values of a small dict, which are drawn together or not at all."""
+
+    def __init__(self, value: dict[Any, Any]) -> None:
+        self.value = value
+
+    def __len__(self) -> int:
+        return 2 * dict.__len__(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return chain(dict.keys(self.value), dict.values(self.value))
+
+
+def _open_with(opener: _Opener, slots: tuple[Any, ...], attributes: Any, value: Any) -> _Opened:
     total, groups = opener(value)
-    for field in fields:
-        part = _read(field, value)
-        if field.__name__ != "__dict__":
-            groups.append((list, [part]))
-        elif type(claim := dict.get(part, "nbytes")) is int:
+    if slots:
+        groups.append((_Fields, _Fields(slots, value)))
+    if attributes:
+        names = attributes.__get__(value)
+        if type(claim := dict.get(names, "nbytes")) is int:
             return max(total, claim), []
-        else:
-            total += getsizeof(part)  # the names in it belong to the class
-            groups.append((_Values, dict.values(part)))
+        total += getsizeof(names)  # the names themselves belong to the class
+        groups.append((_Values, dict.values(names)))
     return total, groups
 
 
-def _open_claim(fields: tuple[Any, ...], value: Any) -> _Opened:
+def _open_claim(otherwise: _Opener, value: Any) -> _Opened:
     with suppress(Exception):  # a property that raises, a method, None
         return max(_own(value), operator.index(value.nbytes)), []
-    return _open_with(_open_bare, fields, value)
+    return otherwise(value)
 
 
 def _open_bare(value: Any) -> _Opened:
@@ -387,19 +422,19 @@ def _open_row(base: type, value: Any) -> _Opened:
 
 def _open_dict(value: Any) -> _Opened:
     if dict.__len__(value) <= _RECORD:
-        return _own(value), [(list, [*dict.keys(value), *dict.values(value)])]
+        return _own(value), [(_Entries, _Entries(value))]
     return _own(value), [(_Keys, dict.keys(value)), (_Values, dict.values(value))]
 
 
 def _open_memoryview(value: Any) -> _Opened:
-    return getsizeof(value), [(list, [_read(vars(memoryview)["obj"], value)])]
+    return getsizeof(value), [(_Fields, _Fields((vars(memoryview)["obj"],), value))]
 
 
 def _open_array(value: Any) -> _Opened:
     if type(value.base).__name__ == "PyCapsule":  # memory of some library written in C
         return getsizeof(value) + value.nbytes, []
     if value.base is not None:
-        return getsizeof(value), [(list, [value.base])]
+        return getsizeof(value), [(_Fields, _Fields((type(value).base,), value))]
     return getsizeof(value), [(type(c), c) for c in _cells(sys.modules["numpy"].asarray(value))]
 
 

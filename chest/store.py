@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from chest.columns import Entry, FrameError, is_plain, named_files
-from chest.directory import Directory, remove_quietly, sync_file
+from chest.columns import Entry, FrameError, is_plain, own_entries
+from chest.directory import Directory, Names, remove_quietly, sync_file, sync_folder
 from chest.errors import CorruptIndexError, CorruptValueError, KeyTypeError, SerializerError
 from chest.filenames import is_safe_filename
 from chest.index import Index, write_log
@@ -72,8 +72,10 @@ class Store:
         self._fsync = options.fsync
         self._swept_staging = False
         self._compact_from = COMPACT_RECORDS
-        if not options.readonly:
+        if not options.readonly and not os.path.isdir(path):
             os.makedirs(path, 0o700, exist_ok=True)
+            if self._fsync:
+                _sync_parents(path)
         self.readonly = options.readonly or not self._make_writable()
         self.index = Index(self.directory.index, readonly=self.readonly, fsync=options.fsync)
         self.ledger = Ledger(serializer.trusts_pickle)
@@ -217,6 +219,8 @@ class Store:
             except BaseException:
                 remove_quietly(path)
                 raise
+        if self._fsync:
+            sync_file(path)
         if self.serializer.text is None:
             self.serializer.text = other.serializer.text
         return Staged(path, entry.length, entry.digest)
@@ -266,12 +270,9 @@ class Store:
 
     def _entries(self, staged: dict[Any, Staged]) -> dict[Any, Entry]:
         entries = {}
-        taken: set[str] = set()
+        names = Names(self.directory, self.ledger.folded)
         for key, (_, length, digest) in staged.items():
-            wanted = self.directory.name_for(key)
-            name = self.directory.free_name(wanted, taken, self.ledger.folded)
-            taken.add(name.lower())
-            entries[key] = Entry(name, 0, length, digest)
+            entries[key] = Entry(names.choose(self.directory.name_for(key)), 0, length, digest)
         return entries
 
     def _sweep(self) -> None:
@@ -279,19 +280,22 @@ class Store:
         if self.index.foreign:
             self._modernize()
         if self.index.overhangs():
-            self.directory.remove(self._uncommitted_files() - self.ledger.files())
+            live = self.ledger.files()
+            left = [entry for entry in self._uncommitted() if entry.file not in live]
+            self.directory.remove(entry.file for entry in left if self._is_ours(entry))
             self.index.cut()
         self._remove([entry for entry in self.ledger.obsolete if self._is_ours(entry)])
         if not self._swept_staging:
             self.directory.remove_staging()
             self._swept_staging = True
 
-    def _uncommitted_files(self) -> set[str]:
-        names: set[str] = set()
+    def _uncommitted(self) -> list[Entry]:
+        """Return what a commit was about to put when it died."""
+        entries: list[Entry] = []
         for payload in self.index.uncommitted():
             with suppress(FrameError):  # whatever it is, no commit stands behind it
-                names.update(filter(is_safe_filename, named_files(payload)))
-        return names
+                entries += own_entries(payload)
+        return [entry for entry in entries if is_safe_filename(entry.file)]
 
     def _is_ours(self, entry: Entry) -> bool:
         """Tell whether a file that should have been removed is still the one that we wrote."""
@@ -313,26 +317,21 @@ class Store:
     def _modernize(self) -> None:
         """Put an index of today in the place of that of chest 0.2.3."""
         ledger = Ledger(self.serializer.trusts_pickle)
+        names = Names(self.directory, ledger.folded)
         seen: set[str] = set()
         entries = {}
         for key, row in self.ledger.stored():
             if not self.serializer.trusts_pickle and not is_plain(key):
                 raise KeyTypeError(key, "open this old chest with pickle, or delete the key")
-            entries[key] = self._own_file(self.ledger.entry(row), seen)
+            entry = entries[key] = self.ledger.entry(row)
+            path = self.directory.full_path(entry.file)
+            if entry.file in seen and os.path.isfile(path):  # two keys had one file
+                entries[key] = entry._replace(file=names.choose(entry.file))
+                shutil.copyfile(path, self.directory.full_path(entries[key].file))
+            seen.add(entry.file)
         ledger.take(entries)
         self.index.replace(ledger.snapshot(), self.directory.staging_path())
         self.catch_up()
-
-    def _own_file(self, entry: Entry, seen: set[str]) -> Entry:
-        """Give an old value a file of its own if it shares one."""
-        path = self.directory.full_path(entry.file)
-        if entry.file not in seen or not os.path.isfile(path):
-            seen.add(entry.file)
-            return entry
-        name = self.directory.free_name(entry.file, seen)
-        shutil.copyfile(path, self.directory.full_path(name))
-        seen.add(name)
-        return entry._replace(file=name)
 
     def _compact_if_due(self) -> None:
         ledger = self.ledger
@@ -352,8 +351,8 @@ class Store:
         """Remove every file that the chest wrote, and the directory if nothing else is in it."""
         with self.index.locked():
             self.catch_up()
-            self._sweep()
-            self.directory.remove(self.ledger.files())
+            self.ledger.clear()
+            self.commit({})  # so that a crash from here on leaves an empty chest
             self.directory.remove_staging(every=True)
             os.unlink(self.index.path)
         self.close()
@@ -373,6 +372,14 @@ class Store:
         }
         named = self.ledger.files() | {os.path.basename(self.directory.index)}
         assert found == named, f"stray: {found - named}, missing: {named - found}"
+
+
+def _sync_parents(path: str) -> None:
+    """Make sure that a new directory, and those made for it, survive a power cut."""
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        with suppress(PermissionError):  # not made here
+            sync_folder(path)
 
 
 def _link_or_rename(source: str, target: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import xxhash
@@ -43,9 +44,14 @@ class HashingWriter:
         return written
 
     def _pass_on(self, step: memoryview) -> None:
-        try:
+        with self._noting_refusals():
             while self._file is not None and step.nbytes:
                 step = step[self._file.write(step) :]
+
+    @contextmanager
+    def _noting_refusals(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as refused:
             self.refused = refused
             raise
@@ -57,8 +63,9 @@ class HashingWriter:
 
     def flush(self) -> None:
         """Pass on what was written, for those who go on with the file's descriptor."""
-        if self._file is not None:
-            self._file.flush()
+        with self._noting_refusals():
+            if self._file is not None:
+                self._file.flush()
 
     def digest(self) -> int:
         """Return the digest of what was written."""

@@ -17,7 +17,7 @@ from chest.columns import (
     decode,
     encode,
     is_plain,
-    named_files,
+    own_entries,
 )
 
 BIG = 2**64 - 1
@@ -209,7 +209,8 @@ def test_values_in_files_of_their_own_may_have_places():
 def test_a_frame_names_the_files_it_puts_but_not_a_shared_one():
     own = block("ab", ("a", "_b/c"), lengths=packed(1, 1), digests=packed(1, 1))
     shared = block("p", ".pack-1")
-    assert named_files(payload(own, shared, left=[("old", 0, 1, 1)])) == ["a", "_b/c"]
+    named = own_entries(payload(own, shared, left=[("old", 0, 1, 1)]))
+    assert [entry.file for entry in named] == ["a", "_b/c"]
 
 
 # -- what is no frame -----------------------------------------------------------------------------

@@ -775,6 +775,19 @@ def test_iterating_over_values_pushes_nothing_out_of_memory():
         assert c.memory_usage <= 1000
 
 
+def test_iterating_over_values_does_not_push_out_even_what_was_read_once(path):
+    data = {n: bytes([n]) * 100 for n in range(50)}
+    store(path, data)
+    with Chest(path=path, available_memory=1000, nbytes=len) as c:
+        for n in range(9):
+            assert c[n] == data[n]
+        before = {*c.inmem}
+        assert len(before) == 9
+        assert [*c.values()] == [*data.values()]
+        assert c == data
+        assert before <= {*c.inmem}
+
+
 def test_values_that_are_iterated_over_may_be_changed_in_place(c):
     c.update({n: [n] for n in range(20)})
     for value in c.values():
@@ -1588,6 +1601,7 @@ def test_a_with_block_saves_also_after_an_exception(path):
     with pytest.raises(ZeroDivisionError), Chest(path=path) as c:
         c["x"] = [1]
         c["y"] = 1 / 0
+    assert c.closed
     with Chest(path=path) as c:
         assert c == {"x": [1]}
 

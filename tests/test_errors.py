@@ -6,7 +6,6 @@ import pickle
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 import chest
@@ -164,8 +163,10 @@ class Nameless:
         raise ValueError("no name")
 
 
-STRANGE = [Lines(), ("a", Lines()), LINES, np.arange(10_000).reshape(100, 100), "x" * 100_000,
-           Nameless(), ("a", Nameless()), b"\n\r"]  # fmt: skip
+STRANGE = [
+    Lines(), ("a", Lines()), LINES, "x" * 100_000, tuple(range(10_000)), Nameless(),
+    ("a", Nameless()), b"\n\r", 10**4000,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", STRANGE, ids=lambda key: type(key).__name__)
@@ -294,7 +295,7 @@ def test_a_chest_that_is_only_read_says_so(path, operation):
     with Chest({"k": [1]}, path=path):
         pass
     with Chest(path=path, readonly=True) as c:
-        with pytest.raises(ReadOnlyError, match="cannot .*: the chest at .* is read-only") as info:
+        with pytest.raises(ReadOnlyError, match=r"cannot .*: the chest at .* is read") as info:
             CHANGES[operation](c)
         assert info.value.path == path
         assert info.value.action in str(info.value)

@@ -91,8 +91,8 @@ def same(a, b):
 
 def crowd(c):
     """Set other values, several times what the small budgets allow."""
-    for n in range(20):
-        c[f"other{n}"] = "x" * 500
+    for n in range(12):
+        c[f"other{n}"] = "x" * 800
 
 
 def reopen(c):
@@ -174,7 +174,7 @@ def test_a_change_in_place_is_kept(path, kind, event, budget):
     c = Chest(path=path, available_memory=budget)
     c["k"] = make()
     expected = make()
-    for _ in range(3):
+    for _ in range(2):
         change(c["k"])
         change(expected)
         c = EVENTS[event](c)
@@ -430,6 +430,32 @@ def test_an_interrupt_does_not_lose_what_was_in_hand():
         value.error = None
         del value
         assert c["k"].content == 3
+
+
+class Countdown(Box):
+    """Interrupts when the last of so many dumps from now is made."""
+
+    dumps = 0
+
+    def __getstate__(self):
+        if Countdown.dumps:
+            Countdown.dumps -= 1
+            if not Countdown.dumps:
+                raise KeyboardInterrupt
+        return vars(self)
+
+
+@pytest.mark.parametrize("dumps", range(1, 6))
+def test_an_interrupt_does_not_lose_what_threads_had_in_hand(dumps, monkeypatch):
+    with Chest(available_memory=0) as c:
+        for key in "abc":
+            in_threads(lambda key=key: c.setdefault(key, Countdown()).items.append(key))
+        monkeypatch.setattr(Countdown, "dumps", dumps)
+        with pytest.raises(KeyboardInterrupt):
+            c.flush()
+        assert Countdown.dumps == 0
+        c._check()
+        assert [c[key].items for key in "abc"] == [["a"], ["b"], ["c"]]
 
 
 # -- values that are alive elsewhere ---------------------------------------------------------------
@@ -1807,7 +1833,7 @@ def test_a_budget_that_is_none_is_refused_and_the_old_one_stays(budget):
 def test_with_an_infinite_budget_nothing_leaves(path):
     with Chest(path=path, available_memory=float("inf")) as c:
         crowd(c)
-        assert len(c.inmem) == 20
+        assert len(c.inmem) == 12
         assert files(path) == [".keys"]
 
 

@@ -227,11 +227,11 @@ class Methods:
     __call__ = dump
 
 
-SHORT, LONG = b"content", bytes(range(256)) * 1000
-TEXTS = ["text", "\r\n é 😀 \udc80" * 20_000]
-JSONS = [[1, {"a": [None, True, 1.5, "é\r\n\udc80"]}], list(range(30_000))]
+SHORT, LONG = b"content", bytes(range(256)) * 300
+TEXTS = ["text", "\r\n é 😀 \udc80" * 6000]
+JSONS = [[1, {"a": [None, True, 1.5, "é\r\n\udc80"]}], list(range(15_000))]
 WORDS = ["first", "second é", ""]
-PICKLED = [Box([1, "a"]), [Box(n) for n in range(10_000)], np.arange(20_000.0), bytes(200_000)]
+PICKLED = [Box([1, "a"]), [Box(n) for n in range(4000)], np.arange(9000.0), bytes(70_000)]
 
 SERIALIZERS = {
     "pickle by default": ({}, PICKLED),
@@ -264,19 +264,19 @@ SERIALIZERS = {
     "json with mode b": ({"dump": json.dump, "load": json.load, "mode": "b"}, JSONS),
     "json that is not ASCII": (
         {"dump": functools.partial(json.dump, ensure_ascii=False), "load": json.load},
-        [["é 😀", 1], ["é"] * 30_000],
+        [["é 😀", 1], ["é"] * 12_000],
     ),
-    "marshal": ({"dump": marshal.dump, "load": marshal.load}, [(1, [b"a", "é"]), [1.5] * 30_000]),
-    "repr": ({"dump": dump_repr, "load": load_literal}, [(1, {2}), "\r\n\udc80é", [1] * 50_000]),
+    "marshal": ({"dump": marshal.dump, "load": marshal.load}, [(1, [b"a", "é"]), [1.5] * 9000]),
+    "repr": ({"dump": dump_repr, "load": load_literal}, [(1, {2}), "\r\n\udc80é", [1] * 25_000]),
     "repr with mode t": (
         {"dump": dump_repr, "load": load_literal, "mode": "t"},
-        [(1, {2}), "\r\n\udc80é", [1] * 50_000],
+        [(1, {2}), "\r\n\udc80é", [1] * 25_000],
     ),
     "text": ({"dump": lambda obj, file: file.write(obj), "load": lambda file: file.read()}, TEXTS),
     "csv": ({"dump": dump_csv, "load": load_csv}, [[["a", "b\r\nc"], ["d", "é"]]]),
-    "lines": ({"dump": dump_lines, "load": load_lines}, [WORDS, WORDS * 20_000]),
+    "lines": ({"dump": dump_lines, "load": load_lines}, [WORDS, WORDS * 4000]),
     "lines with mode t": ({"dump": dump_lines, "load": load_lines, "mode": "t"}, [WORDS]),
-    "print": ({"dump": dump_printing, "load": load_lines}, [WORDS, WORDS * 20_000]),
+    "print": ({"dump": dump_printing, "load": load_lines}, [WORDS, WORDS * 4000]),
     "bytes": (
         {"dump": lambda obj, file: file.write(obj), "load": lambda file: file.read()},
         [SHORT, LONG, b""],
@@ -285,15 +285,15 @@ SERIALIZERS = {
     "buffers": ({"dump": dump_buffers, "load": lambda file: file.read()}, [SHORT, LONG]),
     "numpy.save": (
         {"dump": lambda obj, file: np.save(file, obj), "load": np.load},
-        [np.arange(5), np.arange(200_000)],
+        [np.arange(5), np.arange(9000)],
     ),
     "numpy.savez": (
         {"dump": lambda obj, file: np.savez(file, **obj), "load": lambda f: dict(np.load(f))},
-        [{"a": np.arange(5), "b": np.eye(3)}, {"a": np.arange(100_000)}],
+        [{"a": np.arange(5), "b": np.eye(3)}, {"a": np.arange(9000)}],
     ),
     "numpy.tofile": (
         {"dump": lambda obj, file: obj.tofile(file), "load": lambda file: np.fromfile(file, "i8")},
-        [np.arange(5), np.arange(100_000)],
+        [np.arange(5), np.arange(9000)],
     ),
     "zip": ({"dump": dump_zip, "load": load_zip}, [{"a": SHORT, "b": LONG}]),
     "seeks": ({"dump": dump_patching, "load": load_counted}, [SHORT, LONG]),
@@ -335,13 +335,13 @@ def test_what_any_opener_wrote_comes_back(path, name, opener):
     options, values = SERIALIZERS[name]
     options = {**options, "open": OPENERS[opener]}
     with Chest(path=path, available_memory=0, **options) as c:
-        for n, value in enumerate(values):
-            c[n] = value
+        c["small"], c["large"] = values[0], values[-1]
         assert not c.inmem
-        assert all(same(c[n], value) for n, value in enumerate(values))
+        assert same(c["small"], values[0])
         c._check()
     with Chest(path=path, **options) as c:
-        assert all(same(c[n], value) for n, value in enumerate(values))
+        assert same(c["small"], values[0])
+        assert same(c["large"], values[-1])
 
 
 @pytest.mark.parametrize("opener", OPENERS)
@@ -786,7 +786,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("value", [("a", None), [("a", None)] * 20_000], ids=["small", "large"])
+@pytest.mark.parametrize("value", [("a", None), [("a", None)] * 7000], ids=["small", "large"])
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_value_of_another_serializer_names_both(path, case, value):
     wrote, reads, names = OTHERS[case]

@@ -287,6 +287,23 @@ def test_instances():
     assert nbytes(types.SimpleNamespace(a=bytes(5000))) > 5000
 
 
+def test_many_slotted_instances():
+    values = []
+    for i in range(20_000):
+        values.append(SlottedChild(bytes(500 + i % 7)))
+        values[-1].b = None
+    assert nbytes(values) == about(20_000 * (8 + sys.getsizeof(values[0]) + 33 + 1000 + 33 + 503))
+
+
+def test_many_records_of_many_kinds():
+    rng = random.Random(2)
+    values = [
+        {"id": i, "tags": words(rng.randrange(4)), "ok": None, "at": {"x": i / 7, "y": [i / 3] * 9}}
+        for i in range(20_000)
+    ]
+    assert nbytes(values) == about(exact(values))
+
+
 @pytest.mark.parametrize("base", [list, dict, set, tuple, str, int, bytearray, collections.deque])
 def test_subclasses_count_their_attributes(base):
     kind = type("Sub", (base,), {})
@@ -404,6 +421,7 @@ def test_arrays():
     assert nbytes(data[:3]) == about(MB, rel=0.01)
     assert nbytes(data[::-1].reshape(-1, 5).T) == about(MB, rel=0.01)
     assert nbytes([data[i:] for i in range(1000)]) == about(MB + 1000 * (128 + 8))
+    assert nbytes([(np.zeros(1000)[1:], None) for _ in range(5000)]) == about(5000 * 8288)
     assert nbytes(np.array(5)) < 200
     assert nbytes(np.zeros((1000, 50), dtype="f4,i2")) == about(300_000, rel=0.01)
     assert nbytes(np.rec.array(np.zeros(1000, dtype="f4,i2"))) == about(6000)
