@@ -382,8 +382,10 @@ class Chest(MutableMapping[K, V]):
 
     @available_memory.setter
     def available_memory(self, available: float | None) -> None:
-        self._memory.available = budget(available)
-        self._memory.make_room()
+        with self.lock:
+            self._memory.available = budget(available)
+            self._memory.eviction.set_budget(self._memory.available)
+            self._memory.make_room()
 
     def shrink(self) -> None:
         """Spill until the values in memory take no more than `available_memory`.

@@ -15,7 +15,7 @@ from contextlib import suppress
 from itertools import count
 
 from chest.errors import CorruptIndexError
-from chest.filenames import digest_name, is_safe_filename
+from chest.filenames import digest_name, is_safe_filename, stays_inside
 
 INDEX = ".keys"
 ABANDONED = 3600  # seconds after which the staging file of another process is nobody's
@@ -51,7 +51,7 @@ class Directory:
         CorruptIndexError
             If that is not a file of this directory.
         """
-        if not is_safe_filename(name):
+        if not stays_inside(name):
             raise CorruptIndexError(self.index, f"it names a file outside, {name!r}")
         return self._join(name)
 

@@ -13,16 +13,30 @@ from typing import Any
 
 _repr = Repr()  # short, and it does not fail where a key's own repr does
 _repr.maxstring = _repr.maxother = 120
-show = _repr.repr
+
+
+def show(key: object) -> str:
+    """Return a key as it stands in messages."""
+    return " ".join(_repr.repr(key).split())
 
 
 def say(error: BaseException) -> str:
-    """Return what an error says, as text: a log must not keep its traceback alive."""
-    return f"{type(error).__name__}: {error}"
+    """Return what an error says, as one line of text: a log must not keep its traceback alive."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 -- it is somebody else's, and its type says enough
+        text = "(no message)"
+    return " ".join(f"{type(error).__name__}: {text}".split())
 
 
 class ChestError(Exception):
     """Base of every error that is chest's own."""
+
+    def __str__(self) -> str:
+        return " ".join(self._text().split())
+
+    def _text(self) -> str:
+        return super().__str__()
 
 
 class ChestClosedError(ChestError, ValueError):
@@ -38,7 +52,7 @@ class ChestClosedError(ChestError, ValueError):
         super().__init__(path)
         self.path = path
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return f"the chest at {self.path} is closed: open it again with Chest(path=...)"
 
 
@@ -58,7 +72,7 @@ class ReadOnlyError(ChestError, TypeError):
         self.path = path
         self.action = action
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"cannot {self.action}: the chest at {self.path} is read-only; open it without "
             "readonly=True, in a directory that may be written"
@@ -84,7 +98,7 @@ class KeyTypeError(ChestError, TypeError):
         self.key = key
         self.reason = reason
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         kind = type(self.key).__name__
         return f"the key {show(self.key)} of type {kind} cannot be stored: {self.reason}"
 
@@ -108,7 +122,7 @@ class CorruptIndexError(ChestError):
         self.reason = reason
         self.recoverable = recoverable
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"the index {self.path} is damaged: {self.reason}; {self.recoverable} undamaged "
             "frames precede it; nothing was changed, restore the file from a backup"
@@ -134,7 +148,7 @@ class CorruptValueError(ChestError):
         self.path = path
         self.reason = reason
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"the value of key {show(self.key)} in {self.path} is damaged: {self.reason}; "
             "set or delete the key to go on without it"
@@ -173,7 +187,7 @@ class SerializerError(ChestError):
         self.serializer = serializer
         self.written_with = written_with
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         writers = ", ".join(self.written_with) or "an unknown serializer"
         return (
             f"the value of key {show(self.key)} in {self.path} cannot be loaded with "
@@ -198,11 +212,11 @@ class UnsavedError(ChestError):
         self.keys = keys
         self.causes = causes
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         named = ", ".join(map(show, self.keys[:10]))
         more = f" and {len(self.keys) - 10} more" if len(self.keys) > 10 else ""
         cause = self.causes[0]
         return (
             f"{len(self.keys)} of the values could not be saved: {named}{more}; the first because "
-            f"of {type(cause).__name__}: {cause}; replace or delete them and flush again"
+            f"of {say(cause)}; replace or delete them and flush again"
         )

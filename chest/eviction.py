@@ -21,6 +21,7 @@ from heapdict import heapdict
 LARGE = 64 * 1024  # bytes; a value from this size is a cohort of its own
 COHORT_BYTES = 256 * 1024
 COHORT_MEMBERS = 4096
+COHORTS = 16  # at least so many in a budget, so that little more leaves than has to
 CROSSOVER = 100_000  # bytes that are read in the time that opening a file takes
 MARKS_SLACK = 1000
 
@@ -39,16 +40,24 @@ class Cohort:
 class Eviction:
     """The values in memory, with their sizes, in the order in which they should leave.
 
+    Parameters
+    ----------
+    budget : float
+        How many bytes the values may take; nothing here makes them keep to it.
+
     Attributes
     ----------
     total : int
         Sum of the sizes of all values enrolled, in bytes.
+    cohort_bytes : float
+        How large a cohort of small values may become.
     marks : set
         Keys used since they were enrolled; may name keys that are not enrolled any more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, budget: float) -> None:
         self.total = 0
+        self.set_budget(budget)
         self.marks: set[Hashable] = set()
         self._homes: dict[Hashable, Cohort] = {}
         self._heap: heapdict[Cohort, tuple[float, int]] = heapdict()
@@ -56,6 +65,10 @@ class Eviction:
         self._aside = Cohort(0)
         self._floor = 0.0
         self._ticks = count()
+
+    def set_budget(self, budget: float) -> None:
+        """Let small values share cohorts that fit a budget of so many bytes."""
+        self.cohort_bytes = min(COHORT_BYTES, budget / COHORTS)
 
     def __len__(self) -> int:
         return len(self._homes)
@@ -72,7 +85,7 @@ class Eviction:
         self._join(cohort, key, size)
         if size >= LARGE or len(cohort.sizes) == 1:
             self._rank(cohort)
-        elif cohort.nbytes >= COHORT_BYTES or len(cohort.sizes) >= COHORT_MEMBERS:
+        elif cohort.nbytes >= self.cohort_bytes or len(cohort.sizes) >= COHORT_MEMBERS:
             self._rank(cohort)
             self._close(cohort)
 

@@ -9,6 +9,7 @@ another wants a directory (``'_a'`` and ``('a', 'b')``). Whoever creates the fil
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from contextlib import suppress
@@ -104,6 +105,14 @@ def _spell_as_pickle(value: object) -> str:
 
 def _spell_type(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__} "
+
+
+def stays_inside(name: object) -> bool:
+    """Tell whether `name`, on this system, is a file below the directory that it is relative to."""
+    if not isinstance(name, str) or "\0" in name or (os.sep != "/" and os.sep in name):
+        return False
+    parts = name.split("/")
+    return not os.path.splitdrive(name)[0] and all(part and part[0] != "." for part in parts)
 
 
 def is_safe_filename(name: object) -> bool:

@@ -86,6 +86,10 @@ class Hands:
         value = left()
         return default if value is None and isinstance(left, weakref.ref) else value
 
+    def knows(self, key: Hashable) -> bool:
+        """Tell whether something left under `key` that may be alive."""
+        return key in self._left
+
     def forget(self, key: Hashable) -> None:
         """Forget what left under `key`: it is resident again, or replaced, or deleted."""
         self._left.pop(key, None)

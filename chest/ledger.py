@@ -142,11 +142,15 @@ class Ledger:
         row = self.rows[key]
         return self._new[key] if row == UNSAVED else self._serials[row]
 
+    def committed_rows(self) -> dict[Any, int]:
+        """Return the keys that are stored as of the last commit, with their rows."""
+        rows = {**(self._cleared or {}), **self._deleted, **dict(self.stored())}
+        return {key: row for key, row in rows.items() if row != UNSAVED}
+
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
-        rows = {**(self._cleared or {}), **self._deleted, **dict(self.stored())}
-        stored = ((key, row) for key, row in rows.items() if row != UNSAVED)
-        items = ((key, self._serials[row], self.entry(row)) for key, row in stored)
+        rows = self.committed_rows()
+        items = ((key, self._serials[row], self.entry(row)) for key, row in rows.items())
         names = [encode([], serializer=name) for name in self.serializers.items()]
         return [encode([], first=True, left=self.obsolete), *names, *_encode_rest(items)]
 
@@ -235,7 +239,8 @@ class Ledger:
         gone += (self._cleared or {}).values()
         for row in gone:
             self._retire(row)
-        self._deleted = dict.fromkeys([*self._deleted, *(self._cleared or {})], UNSAVED)
+        self._delete_all(self._cleared or {})
+        self._deleted = dict.fromkeys(self._deleted, UNSAVED)
         self._cleared, self.unreadable = None, {}
         self.rows = dict.fromkeys(self._new, UNSAVED)
         return changed

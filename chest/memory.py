@@ -90,6 +90,8 @@ class Memory(Residents):
                 self.eviction.set_aside(key, self.eviction.discard(key))
             elif key in self.inmem and key not in self.dirty:
                 self._hands.leave(key, self._leave(key))
+                if self._as_loaded and not self._hands.knows(key):
+                    self._as_loaded.pop(key, None)
             elif key in self.inmem:
                 self.eviction.stay([key])
         if self.options.on_overflow is not None:
@@ -211,6 +213,7 @@ class Memory(Residents):
             self._look(store)
             for key in staged:
                 del self.dirty[key]
+                self._as_loaded.pop(key, None)
         logger.debug("committed %d values to %s", len(staged), self.path)
 
     def adopt(self, staged: dict[Any, Staged]) -> None:

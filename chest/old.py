@@ -13,7 +13,7 @@ from typing import Any
 from chest.columns import Entry
 from chest.directory import Directory
 from chest.errors import CorruptIndexError
-from chest.filenames import is_safe_filename
+from chest.filenames import stays_inside
 from chest.serialize import Serializer, UnloadableError
 
 
@@ -47,8 +47,8 @@ def _key(key: Any) -> Hashable:
 
 
 def _name(name: Any) -> str:
-    if not is_safe_filename(name):
-        raise ValueError(f"it names a file outside, or one that no system takes: {name!r}")
+    if not stays_inside(name):
+        raise ValueError(f"it names a file outside, {name!r}")
     return str(name)
 
 

@@ -82,8 +82,9 @@ class Residents:
         self.inmem: dict[Any, Any] = {}
         self.fixed: dict[Any, Any] = {}  # of these the values that cannot change
         self._touched: dict[Any, tuple[int, int]] = {}  # of the others
+        self._as_loaded: dict[Any, int | None] = {}
         self.dirty: dict[Any, None] = {}
-        self.eviction = Eviction()
+        self.eviction = Eviction(self.available)
         self.mark = self.eviction.marks.add
         self.head: Any = (0, 0)
         self.seen = 0
@@ -227,6 +228,9 @@ class Residents:
         with self.lock:
             if self.inmem.get(key, _MISSING) is not value:
                 return
+            if size == self.eviction.size(key):
+                self._touched[key] = (_shallow_size(value), 0)
+                return
             if len(self._touched) > 2 * len(self.inmem) + TOUCHES:  # left by threads that raced
                 self._touched = {}
             self._touched.pop(key, None)
@@ -269,6 +273,7 @@ class Residents:
             with self.lock:
                 row = self.ledger.rows.get(key, UNSAVED)
                 if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
+                    self._note_as_loaded(key, value, entry)
                     self._admit(key, value, size, uses, stream)
                     return value
 
@@ -333,6 +338,7 @@ class Residents:
         with self.lock:
             row = self.ledger.rows.get(key, UNSAVED)
             if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
+                self._note_as_loaded(key, value, entry)
                 self._admit(key, value, size, uses=1, stream=False)
 
     def has(self, key: Hashable) -> bool:
@@ -374,16 +380,18 @@ class Residents:
 
     def _settle(self, released: list[tuple[Any, Any]]) -> None:
         """Make those values resident and dirty that changed while they were in hand."""
+        changed = []
         for n, (key, value) in enumerate(released):
             try:
-                changed = self._differs(key, value, self.ledger.digest(key))
+                if self._differs(key, value, self.ledger.digest(key)):
+                    self._revive(key, value)
+                    changed.append(key)
             except BaseException:  # an interrupt: nobody knows, so they count as changed
                 for pair in released[n:]:
                     self._revive(*pair)
                 raise
-            if changed:
-                self._revive(key, value)
-                self._make_room(key)
+        for key in changed:
+            self._make_room(key)
 
     def _revive(self, key: Hashable, value: Any) -> None:
         """Make a value that changed in place resident and dirty."""
@@ -405,18 +413,41 @@ class Residents:
 
     def _differs(self, key: Hashable, value: Any, digest: int) -> bool:
         """Tell whether a clean value is not what was stored with `digest`."""
-        if not self.options.writeback or self.readonly or not changeable(value):
+        if not self._may_change(value):
             return False
         size = self.eviction.size(key) if key in self.eviction else SMALL
+        expected = self._as_loaded.get(key, digest)
         try:
             now = self.serializer.digest(value, size)
             if now is None:
                 staged = self.store.stage(value, size)
                 os.unlink(staged.path)
                 now = staged.digest
-        except (UndumpableError, OSError):
+        except UndumpableError:
+            return expected is not None
+        except OSError:
             return True  # who writes it will be told
-        return now != digest
+        return now != expected
+
+    def _may_change(self, value: Any) -> bool:
+        return self.options.writeback and not self.readonly and changeable(value)
+
+    def _note_as_loaded(self, key: Hashable, value: Any, entry: Entry) -> None:
+        """Remember what digest an unchanged value has, where that is not the one of its file.
+
+        The same value may have several pickles: sets of str have another order in every process,
+        and another protocol or class may have written it.
+        """
+        self._as_loaded.pop(key, None)
+        if not self._may_change(value):
+            return
+        try:
+            digest = self.serializer.digest(value, entry.length)
+        except UndumpableError:
+            self._as_loaded[key] = None
+        else:
+            if digest not in (None, entry.digest):
+                self._as_loaded[key] = digest
 
     def _must_write(self, key: Hashable) -> bool:
         if key in self.dirty:
@@ -435,6 +466,7 @@ class Residents:
 
     def _forget(self, key: Hashable) -> None:
         self.dirty.pop(key, None)
+        self._as_loaded.pop(key, None)
         self._leave(key)
         self._hands.forget(key)
 
@@ -442,8 +474,8 @@ class Residents:
         """Delete every key without reading a value; needs the lock."""
         self.ledger.clear()
         self.fixed, self.inmem, self.dirty = {}, {}, {}
-        self._touched, self._hands = {}, Hands()
-        self.eviction = Eviction()
+        self._touched, self._as_loaded, self._hands = {}, {}, Hands()
+        self.eviction = Eviction(self.available)
         self.mark = self.eviction.marks.add
 
     # -- for the subclass ------------------------------------------------------------------------

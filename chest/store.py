@@ -282,9 +282,9 @@ class Store:
         if self.index.overhangs():
             live = self.ledger.files()
             left = [entry for entry in self._uncommitted() if entry.file not in live]
-            self.directory.remove(entry.file for entry in left if self._is_ours(entry))
+            self.directory.remove(entry.file for entry in left if not self._is_foreign(entry))
             self.index.cut()
-        self._remove([entry for entry in self.ledger.obsolete if self._is_ours(entry)])
+        self._remove([entry for entry in self.ledger.obsolete if not self._is_foreign(entry)])
         if not self._swept_staging:
             self.directory.remove_staging()
             self._swept_staging = True
@@ -297,15 +297,15 @@ class Store:
                 entries += own_entries(payload)
         return [entry for entry in entries if is_safe_filename(entry.file)]
 
-    def _is_ours(self, entry: Entry) -> bool:
-        """Tell whether a file that should have been removed is still the one that we wrote."""
+    def _is_foreign(self, entry: Entry) -> bool:
+        """Tell whether a file that should have gone is another than the one that we wrote."""
         path = self.directory.full_path(entry.file)
         if not os.path.lexists(path):
             return False
         try:
-            return self.serializer.measure(path) == (entry.length, entry.digest)
+            return self.serializer.measure(path) != (entry.length, entry.digest)
         except Exception:  # noqa: BLE001 -- what cannot be read, or decompressed, is not ours
-            return False
+            return True
 
     def _remove(self, entries: list[Entry]) -> None:
         """Remove obsolete files; what cannot be removed yet stays in the books."""
@@ -320,7 +320,7 @@ class Store:
         names = Names(self.directory, ledger.folded)
         seen: set[str] = set()
         entries = {}
-        for key, row in self.ledger.stored():
+        for key, row in self.ledger.committed_rows().items():
             if not self.serializer.trusts_pickle and not is_plain(key):
                 raise KeyTypeError(key, "open this old chest with pickle, or delete the key")
             entry = entries[key] = self.ledger.entry(row)

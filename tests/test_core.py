@@ -469,7 +469,11 @@ def test_update_without_overwriting_adds_new_keys_only(c, kind):
 def test_update_of_a_chest_with_itself_changes_nothing(path, budget):
     with Chest(path=path, available_memory=budget) as c:
         c.update(x=[1], y=[2])
+        c.flush()
+        before = contents(path)
         c.update(c)
+        c.flush()
+        assert contents(path) == before
         assert list(c.items()) == [("x", [1]), ("y", [2])]
     with Chest(path=path) as c:
         assert list(c.items()) == [("x", [1]), ("y", [2])]
@@ -1946,6 +1950,21 @@ def test_a_key_deleted_here_stays_deleted_when_it_is_replaced_there(handles, pat
     assert "x" not in b
 
 
+@pytest.mark.parametrize(
+    "change", [lambda c: c.__setitem__("x", [1, 2]), lambda c: c["x"].append(2)]
+)
+def test_a_key_changed_here_comes_back_when_it_is_deleted_there(handles, change):
+    a, b = handles
+    a["x"] = [1]
+    a.flush()
+    change(a)
+    del b["x"]
+    b.flush()
+    assert a == {"x": [1, 2]}
+    a.flush()
+    assert b == {"x": [1, 2]}
+
+
 def test_popitem_sees_what_another_handle_added(handles):
     a, b = handles
     a["x"] = [1]
@@ -2009,6 +2028,19 @@ def test_an_index_that_cannot_be_read_is_an_error_and_changes_nothing(path, opti
         Chest(path=path, **options)
     assert caught.value.path == str(file)
     assert contents(path) == before
+
+
+def test_a_wrong_bit_anywhere_in_the_index_is_found(path):
+    store(path, {"x": [1], dt.date(2026, 1, 1): [2]})
+    store(path, {"y": [3]})
+    file = Path(path, ".keys")
+    good = file.read_bytes()
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 1
+        file.write_bytes(bad)
+        with pytest.raises(CorruptIndexError):
+            Chest(path=path)
 
 
 def test_a_missing_value_costs_that_value_alone(path):

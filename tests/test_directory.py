@@ -76,11 +76,11 @@ def test_a_value_is_a_plain_pickle_at_the_name_of_its_key(path):
 
 
 def test_new_directories_are_for_the_user_alone(path):
-    with Chest({("a", "b"): 1}, path=os.path.join(path, "deeper")) as c:
+    with Chest({("a", "b", "c"): 1}, path=os.path.join(path, "deeper")) as c:
         c.flush()
-        made = [path, c.path, os.path.join(c.path, "_a")]
-        modes = {stat.S_IMODE(os.stat(folder).st_mode) for folder in made[1:]}
-    assert modes == {0o700 if os.name == "posix" else 0o777}
+        made = [path, c.path, os.path.join(c.path, "_a"), os.path.join(c.path, "_a", "_b")]
+        modes = [stat.S_IMODE(os.stat(folder).st_mode) for folder in made]
+    assert modes == [0o700 if os.name == "posix" else 0o777] * 4
 
 
 def test_a_directory_may_be_moved(path, tmp_path):

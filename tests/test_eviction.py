@@ -37,7 +37,7 @@ KEYS += ["small", "large", "huge", "cold", "warm", "hot", "tiny"]
 @pytest.mark.parametrize("first", ["small", "large"])
 @pytest.mark.parametrize("uses", [1, 2, 5])
 def test_of_the_same_use_the_large_leaves_first(first, uses):
-    e = Eviction()
+    e = Eviction(1e9)
     sizes = {"small": 1000, "large": 10 * MB}
     for key in sorted(sizes, reverse=first == "small"):
         e.enroll(key, sizes[key], uses)
@@ -45,7 +45,7 @@ def test_of_the_same_use_the_large_leaves_first(first, uses):
 
 
 def test_sizes_count_from_tiny_to_huge():
-    e = Eviction()
+    e = Eviction(1e9)
     for key, size in {"tiny": 100, "huge": 100 * MB, "small": LARGE, "large": MB}.items():
         e.enroll(key, size)
     assert order(e) == ["huge", "large", "small", "tiny"]
@@ -54,14 +54,14 @@ def test_sizes_count_from_tiny_to_huge():
 @pytest.mark.parametrize("size", [100, LARGE, 10 * MB])
 @pytest.mark.parametrize("hot", ["k0", "k1", "k2"])
 def test_of_the_same_size_the_used_leaves_last(size, hot):
-    e = Eviction()
+    e = Eviction(1e9)
     for n in range(3):
         e.enroll(f"k{n}", size)
     assert order(e, mark=[hot])[-1] == hot
 
 
 def test_the_more_often_used_leaves_later():
-    e = Eviction()
+    e = Eviction(1e9)
     for uses, key in enumerate(["hot", "warm", "cold"]):
         e.enroll(key, MB, 3 - uses)
     assert order(e) == ["cold", "warm", "hot"]
@@ -69,7 +69,7 @@ def test_the_more_often_used_leaves_later():
 
 @pytest.mark.parametrize("size", [LARGE, 10 * MB])
 def test_of_the_same_size_and_use_the_oldest_leaves_first(size):
-    e = Eviction()
+    e = Eviction(1e9)
     keys = random.Random(0).sample([f"k{n}" for n in range(50)], 50)
     for key in keys:
         e.enroll(key, size)
@@ -77,7 +77,7 @@ def test_of_the_same_size_and_use_the_oldest_leaves_first(size):
 
 
 def test_sizes_that_hardly_differ_rank_by_age():
-    e = Eviction()
+    e = Eviction(1e9)
     e.enroll("k0", 1_100_000)
     e.enroll("k1", 1_200_000)
     e.enroll("k2", 1_150_000)
@@ -86,7 +86,7 @@ def test_sizes_that_hardly_differ_rank_by_age():
 
 @pytest.mark.parametrize("size", [1, 1000, LARGE])
 def test_what_was_read_once_is_the_coldest_of_all(size):
-    e = Eviction()
+    e = Eviction(1e9)
     e.enroll("huge", 1000 * MB)
     e.enroll("cold", size, uses=0)
     e.enroll("large", 100 * MB)
@@ -94,7 +94,7 @@ def test_what_was_read_once_is_the_coldest_of_all(size):
 
 
 def test_what_was_read_once_is_like_others_after_one_more_use():
-    e = Eviction()
+    e = Eviction(1e9)
     e.enroll("cold", LARGE, uses=0)
     e.enroll("warm", LARGE, uses=0)
     e.enroll("huge", 100 * MB)
@@ -102,7 +102,7 @@ def test_what_was_read_once_is_like_others_after_one_more_use():
 
 
 def test_the_used_gets_a_second_chance_and_not_a_third():
-    e = Eviction()
+    e = Eviction(1e9)
     e.enroll("hot", LARGE)
     e.enroll("cold", LARGE)
     e.marks.add("hot")
@@ -113,7 +113,7 @@ def test_the_used_gets_a_second_chance_and_not_a_third():
 
 
 def test_each_use_found_counts():
-    e = Eviction()
+    e = Eviction(1e9)
     e.enroll("hot", LARGE)
     e.marks.add("hot")
     assert e.uses("hot") == 2
@@ -126,7 +126,7 @@ def test_each_use_found_counts():
 
 
 def test_only_the_used_of_a_cohort_stay():
-    e = Eviction()
+    e = Eviction(1e9)
     for n in range(10):
         e.enroll(f"k{n}", 100)
     e.marks.update(["k2", "k5"])
@@ -138,7 +138,7 @@ def test_only_the_used_of_a_cohort_stay():
 
 
 def test_what_was_hot_once_leaves_in_the_end():
-    e = Eviction()
+    e = Eviction(1e9)
     e.enroll("hot", LARGE, uses=5)
     for n in range(1000):
         e.enroll(n, LARGE)
@@ -152,7 +152,7 @@ def test_what_was_hot_once_leaves_in_the_end():
 
 
 def test_what_is_used_all_the_time_never_leaves():
-    e = Eviction()
+    e = Eviction(1e9)
     e.enroll("hot", LARGE)
     for n in range(500):
         e.enroll(n, LARGE)
@@ -166,7 +166,7 @@ def test_what_is_used_all_the_time_never_leaves():
 
 
 def test_the_total_is_the_sum_of_the_sizes():
-    e = Eviction()
+    e = Eviction(1e9)
     for n, size in enumerate([0, 1, 1000, LARGE - 1, LARGE, 10 * MB]):
         e.enroll(f"k{n}", size)
         assert e.size(f"k{n}") == size
@@ -178,7 +178,7 @@ def test_the_total_is_the_sum_of_the_sizes():
 
 
 def test_to_discard_what_is_not_there_changes_nothing():
-    e = Eviction()
+    e = Eviction(1e9)
     e.enroll("k0", 100)
     assert e.discard("k1") == 0
     assert e.uses("k1") == 0
@@ -187,7 +187,7 @@ def test_to_discard_what_is_not_there_changes_nothing():
 
 
 def test_an_empty_one_has_nothing_to_give():
-    e = Eviction()
+    e = Eviction(1e9)
     assert e.cheapest() == []
     assert e.total == 0
     e.enroll("k0", 100)
@@ -198,7 +198,7 @@ def test_an_empty_one_has_nothing_to_give():
 
 @pytest.mark.parametrize("size", [100, LARGE])
 def test_what_was_set_aside_is_counted_and_never_leaves(size):
-    e = Eviction()
+    e = Eviction(1e9)
     e.set_aside("k0", size)
     e.enroll("k1", size)
     assert e.total == 2 * size
@@ -218,7 +218,7 @@ def test_what_was_set_aside_is_counted_and_never_leaves(size):
 
 @pytest.mark.parametrize("size", [100, LARGE])
 def test_what_was_to_leave_and_could_not_is_there_still(size):
-    e = Eviction()
+    e = Eviction(1e9)
     for n in range(5):
         e.enroll(f"k{n}", size, uses=3)
     keys = e.cheapest()
@@ -243,7 +243,7 @@ BREAKS = {
 
 @pytest.mark.parametrize("broken", BREAKS)
 def test_check_finds_what_is_wrong(broken):
-    e = Eviction()
+    e = Eviction(1e9)
     for n in range(3):
         e.enroll(f"small{n}", 100)
         e.enroll(f"large{n}", MB)
@@ -256,7 +256,7 @@ def test_check_finds_what_is_wrong(broken):
 
 @pytest.mark.parametrize("change", [lambda keys: keys[1:], lambda keys: [*keys, "more"]])
 def test_check_finds_keys_that_are_missing_or_too_many(change):
-    e = Eviction()
+    e = Eviction(1e9)
     keys = ["small", "large"]
     for key in keys:
         e.enroll(key, 100)
@@ -268,7 +268,7 @@ def test_check_finds_keys_that_are_missing_or_too_many(change):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_invariants_hold_whatever_is_done(seed):
     rng = random.Random(seed)
-    e = Eviction()
+    e = Eviction(1e9)
     sizes = {}
     for _ in range(1500):
         key = rng.choice(KEYS)
@@ -331,7 +331,7 @@ def heap(monkeypatch):
 
 
 def test_small_values_share_the_price_of_the_heap(heap):
-    e = Eviction()
+    e = Eviction(1e9)
     for n in range(10_000):
         e.enroll(n, 50)
     assert 0 < heap.operations < 30
@@ -343,7 +343,7 @@ def test_small_values_share_the_price_of_the_heap(heap):
 
 @pytest.mark.parametrize("size", [0, 10, 1000, 10_000, LARGE - 1])
 def test_what_leaves_together_is_neither_many_nor_much(size):
-    e = Eviction()
+    e = Eviction(1e9)
     number = min(10_000, 20 * COHORT_BYTES // max(size, 1))
     for n in range(number):
         e.enroll(n, size)
@@ -358,7 +358,7 @@ def test_what_leaves_together_is_neither_many_nor_much(size):
 
 
 def test_a_large_value_leaves_alone():
-    e = Eviction()
+    e = Eviction(1e9)
     for n in range(5):
         e.enroll(n, LARGE)
         e.enroll(f"small{n}", 10)
@@ -371,7 +371,7 @@ def test_a_large_value_leaves_alone():
 
 
 def test_deleting_small_values_does_not_touch_the_heap_but_for_the_last(heap):
-    e = Eviction()
+    e = Eviction(1e9)
     for n in range(1000):
         e.enroll(n, 50)
     before = heap.operations
@@ -383,7 +383,7 @@ def test_deleting_small_values_does_not_touch_the_heap_but_for_the_last(heap):
 
 
 def test_nothing_stays_of_what_was_deleted():
-    e = Eviction()
+    e = Eviction(1e9)
     for n in range(3000):
         e.enroll(n, 50 if n % 2 else LARGE)
         e.marks.add(n)
@@ -395,7 +395,7 @@ def test_nothing_stays_of_what_was_deleted():
 
 
 def test_marks_of_keys_that_have_gone_are_purged():
-    e = Eviction()
+    e = Eviction(1e9)
     e.enroll("k0", 100)
     e.enroll("k1", 100)
     e.marks.update(range(5 * MARKS_SLACK))  # as hits do that race with a deletion

@@ -445,7 +445,7 @@ class Countdown(Box):
         return vars(self)
 
 
-@pytest.mark.parametrize("dumps", range(1, 6))
+@pytest.mark.parametrize("dumps", range(1, 4))
 def test_an_interrupt_does_not_lose_what_threads_had_in_hand(dumps, monkeypatch):
     with Chest(available_memory=0) as c:
         for key in "abc":
