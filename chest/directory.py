@@ -192,6 +192,8 @@ def _suffixes() -> Iterator[str]:
 def _remove_folder(path: str) -> bool:
     try:
         os.rmdir(path)
+    except FileNotFoundError:
+        return True  # and the one above may be empty
     except OSError:  # not empty
         return False
     return True

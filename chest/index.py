@@ -135,7 +135,7 @@ class Index:
         self._written_to = HEAD
         self._frames = self._appended = 0
         self._fresh = True
-        self.seen = 0
+        self.seen = -1 if self.foreign else 0  # nobody tells when an old index is replaced: look
 
     def close(self) -> None:
         """Close the file; the map goes when nobody looks at it any more."""

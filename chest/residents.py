@@ -268,12 +268,14 @@ class Residents:
                 value = self._load(key, entry)
                 crowded = stream and entry.length > self.available - self.eviction.total
                 size = entry.length if crowded else self.measure(value)
+                digest = self._digest_as_loaded(value, entry)
             finally:
                 self._end_load(key)
             with self.lock:
                 row = self.ledger.rows.get(key, UNSAVED)
                 if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
-                    self._note_as_loaded(key, value, entry)
+                    if digest != entry.digest:
+                        self._as_loaded[key] = digest
                     self._admit(key, value, size, uses, stream)
                     return value
 
@@ -335,10 +337,12 @@ class Residents:
     def offer(self, key: Hashable, entry: Entry, value: Any) -> None:
         """Make a value resident that was read from `entry`, unless that is history."""
         size = self.measure(value)
+        digest = self._digest_as_loaded(value, entry)
         with self.lock:
             row = self.ledger.rows.get(key, UNSAVED)
             if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
-                self._note_as_loaded(key, value, entry)
+                if digest != entry.digest:
+                    self._as_loaded[key] = digest
                 self._admit(key, value, size, uses=1, stream=False)
 
     def has(self, key: Hashable) -> bool:
@@ -432,22 +436,19 @@ class Residents:
     def _may_change(self, value: Any) -> bool:
         return self.options.writeback and not self.readonly and changeable(value)
 
-    def _note_as_loaded(self, key: Hashable, value: Any, entry: Entry) -> None:
-        """Remember what digest an unchanged value has, where that is not the one of its file.
+    def _digest_as_loaded(self, value: Any, entry: Entry) -> int | None:
+        """Return the digest that a value has that was just loaded, None if it has none.
 
-        The same value may have several pickles: sets of str have another order in every process,
-        and another protocol or class may have written it.
+        Often that of its file. But the same value may have several pickles: sets of str have
+        another order in every process, and another protocol or class may have written it.
         """
-        self._as_loaded.pop(key, None)
         if not self._may_change(value):
-            return
+            return entry.digest
         try:
             digest = self.serializer.digest(value, entry.length)
         except UndumpableError:
-            self._as_loaded[key] = None
-        else:
-            if digest not in (None, entry.digest):
-                self._as_loaded[key] = digest
+            return None
+        return entry.digest if digest is None else digest
 
     def _must_write(self, key: Hashable) -> bool:
         if key in self.dirty:

@@ -23,6 +23,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import Any, NamedTuple
 
 from chest.columns import Entry, FrameError, is_plain, own_entries
@@ -317,21 +318,34 @@ class Store:
     def _modernize(self) -> None:
         """Put an index of today in the place of that of chest 0.2.3."""
         ledger = Ledger(self.serializer.trusts_pickle)
-        names = Names(self.directory, ledger.folded)
+        named = self.ledger.files()
         seen: set[str] = set()
         entries = {}
         for key, row in self.ledger.committed_rows().items():
             if not self.serializer.trusts_pickle and not is_plain(key):
                 raise KeyTypeError(key, "open this old chest with pickle, or delete the key")
-            entry = entries[key] = self.ledger.entry(row)
-            path = self.directory.full_path(entry.file)
-            if entry.file in seen and os.path.isfile(path):  # two keys had one file
-                entries[key] = entry._replace(file=names.choose(entry.file))
-                shutil.copyfile(path, self.directory.full_path(entries[key].file))
+            entry = self.ledger.entry(row)
+            if entry.file in seen:
+                entry = self._copy_shared(entry, named)
             seen.add(entry.file)
+            entries[key] = entry
         ledger.take(entries)
         self.index.replace(ledger.snapshot(), self.directory.staging_path())
         self.catch_up()
+
+    def _copy_shared(self, entry: Entry, named: set[str]) -> Entry:
+        """Give a value a file of its own that had one with another key."""
+        for n in count(1):
+            copy = entry._replace(file=f"{entry.file}~{n}")
+            path = self.directory.full_path(copy.file)
+            # One that is there already, and no other's, is from a try that a crash ended.
+            if copy.file in named or (os.path.lexists(path) and self._is_foreign(copy)):
+                continue
+            named.add(copy.file)
+            with suppress(FileNotFoundError):  # then both keys have lost their value
+                shutil.copyfile(self.directory.full_path(entry.file), path)
+            return copy
+        raise AssertionError("there is always another number")
 
     def _compact_if_due(self) -> None:
         ledger = self.ledger

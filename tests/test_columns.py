@@ -3,6 +3,7 @@
 import array
 import datetime as dt
 import enum
+import math
 import os
 import pickle
 
@@ -151,6 +152,19 @@ def test_plain_keys_need_no_class(key):
 )
 def test_keys_of_other_types_are_not_plain(key):
     assert not is_plain(key)
+
+
+def test_a_key_that_is_nested_too_deeply_to_be_pickled_is_not_plain():
+    key = ()
+    for _ in range(100_000):
+        key = (key,)
+    assert not is_plain(key)
+
+
+def test_a_key_that_is_no_number_is_the_same_object_in_every_frame():
+    keys = [float("nan"), ("a", float("nan")), frozenset({float("nan")})]
+    found = only_block(encode([(key, n, Entry("f", 0, 1, 1)) for n, key in enumerate(keys)]))
+    assert found.keys.plain == [math.nan, ("a", math.nan), frozenset({math.nan})]
 
 
 def test_a_key_takes_about_35_bytes():

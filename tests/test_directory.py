@@ -128,6 +128,16 @@ def test_a_name_that_is_not_safe_is_replaced_by_a_digest(path, outside, name):
     assert tree(outside) == before
 
 
+def test_a_function_that_fails_to_name_a_key_loses_nothing(path):
+    def fail(key):
+        raise ZeroDivisionError
+
+    with Chest({"k": 1}, path=path, key_to_filename=fail) as c:
+        c.flush()
+        assert names(path) == {digest_name("k")}
+        c._check()
+
+
 SAFE = ["x" * 240, "é" * 120, "a/b/c", "a b.txt", "Ünïcode/名前"]
 
 
@@ -447,6 +457,14 @@ def test_staging_files_that_were_abandoned_are_removed_after_an_hour(path):
         assert names(path) == {f".new-{TOKEN}-{n}" for n in (1, 2, 3)} | {"x"}
         c.drop()
     assert not os.path.exists(path)
+
+
+def test_a_staging_file_that_goes_while_it_is_looked_at_is_no_error(path, monkeypatch):
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: [*real(folder), f".new-{TOKEN}-0"])
+    with Chest({"x": 1}, path=path) as c:
+        c.flush()
+        c._check()
 
 
 # -- an index that names files outside ------------------------------------------------------------

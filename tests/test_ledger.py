@@ -120,6 +120,14 @@ def test_each_serializer_that_wrote_is_known(log):
     assert log.open().serializers == wrote
 
 
+def test_values_that_lie_in_one_file_have_their_places(log):
+    block = ((["a", "b"], []), 0, "pack", 100, ("I", b"\5\0\0\0\6\0\0\0"), ("Q", bytes(16)))
+    log.payloads = [pickle.dumps((True, False, None, [], ([], []), [block]), 5)]
+    assert entries(log.open()) == {"a": Entry("pack", 100, 5, 0), "b": Entry("pack", 105, 6, 0)}
+    log.payloads = log.open().snapshot()
+    assert entries(log.open()) == {"a": Entry("pack", 100, 5, 0), "b": Entry("pack", 105, 6, 0)}
+
+
 @pytest.mark.parametrize(
     "content",
     [

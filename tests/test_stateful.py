@@ -319,7 +319,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(numbers=st.lists(any_key, max_size=4), kind=any_key, n=numbers)
     def set_and_delete_while_iterating(self, numbers, kind, n):
-        doomed = {self.key(number) for number in numbers}
+        doomed = [self.key(number) for number in numbers]
         seen = []
         for i, key in enumerate(self.chest):
             seen.append(key)

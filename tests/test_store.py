@@ -347,8 +347,8 @@ def interrupt(monkeypatch, owner, name, error, *, late):
     real = getattr(owner, name)
     raised = []
 
-    def method(self, *args):
-        done = real(self, *args) if late or raised else None
+    def method(*args):
+        done = real(*args) if late or raised else None
         if not raised:
             raised.append(error)
             raise error
@@ -487,6 +487,62 @@ def test_a_staging_file_that_somebody_removed_is_written_again(path, monkeypatch
         c._check()
         assert read_back(path) == {"x": [1], "y": [2]}
     assert lost == ["x"]
+
+
+def test_an_interrupt_while_a_value_is_written_leaves_no_file(path):
+    def dump(value, file):
+        file.write(b"half a value")
+        raise KeyboardInterrupt
+
+    c = Chest({"x": [1]}, path=path, dump=dump)
+    with pytest.raises(KeyboardInterrupt):
+        c.flush()
+    assert files(path) == set()
+    abandon(c)
+
+
+def test_an_error_of_the_disk_tells_where_and_how_much(path, monkeypatch):
+    with Chest({"x": [1]}, path=path) as c:
+        with monkeypatch.context() as patch:
+            interrupt(patch, Index, "publish", OSError(28, "No space left on device"), late=False)
+            told = r"about \d+ bytes needed, \d+ bytes are free"
+            with pytest.raises(OSError, match=told) as caught:
+                c.move_to_disk("x")
+        assert caught.value.errno == 28
+        assert caught.value.filename == keys_file(path)
+
+
+# -- a new directory ------------------------------------------------------------------------------
+
+
+def test_a_file_system_without_links_will_do(path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted", source)
+
+    monkeypatch.setattr(os, "link", refuse)
+    with Chest({"x": 1}, path=path) as c:
+        c.flush()
+        c._check()
+    assert read_back(path) == {"x": 1}
+
+
+def test_two_handles_may_make_a_chest_at_the_same_time(path, monkeypatch):
+    real, others = os.link, []
+
+    def link(source, target):
+        if not others:
+            others.append(None)
+            others.append(Chest({"of another": 1}, path=path))
+            others[1].flush()
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    with Chest({"mine": 2}, path=path) as c:
+        assert dict(c) == {"of another": 1, "mine": 2}
+        c.flush()
+        c._check()
+        assert dict(others[1]) == {"of another": 1, "mine": 2}
+    others.pop().close()
 
 
 # -- what a crash left ----------------------------------------------------------------------------
@@ -1164,6 +1220,19 @@ def test_a_value_that_can_neither_be_linked_nor_copied_is_set(path, tmp_path, mo
         c.flush()
         c._check()
         assert dict(c) == {"x": [1]}
+
+
+def test_a_value_that_is_linked_and_cannot_be_made_safe_leaves_no_file(
+    path, tmp_path, monkeypatch
+):
+    with Chest({"x": [1]}, path=str(tmp_path / "source")) as other:
+        with Chest(path=path, fsync=True) as c:
+            with monkeypatch.context() as patch:
+                interrupt(patch, chest.store, "sync_file", OSError(5, "Input/output"), late=False)
+                c.update(other)
+            c.flush()
+            c._check()
+            assert dict(c) == {"x": [1]}
 
 
 # -- a power cut ----------------------------------------------------------------------------------
