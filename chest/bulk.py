@@ -85,6 +85,7 @@ def link(memory: Memory, other: Memory, overwrite: bool) -> None:
     with memory.lock:
         memory.begin("update the chest")
     with other.lock:
+        other.ledger.sort()
         keys = iter(list(other.ledger.rows))
     while batch := list(islice(keys, LINKS)):
         _link_batch(memory, other, [key for key in batch if overwrite or not memory.has(key)])

@@ -194,10 +194,16 @@ class Chest(MutableMapping[K, V]):
         return len(self._rows)
 
     def __iter__(self) -> Iterator[K]:
-        return (key for key in list(self._rows) if key in self._rows)
+        return (key for key in list(self._in_order()) if key in self._rows)
 
     def __reversed__(self) -> Iterator[K]:
-        return (key for key in list(reversed(self._rows)) if key in self._rows)
+        return (key for key in list(reversed(self._in_order())) if key in self._rows)
+
+    def _in_order(self) -> dict[Any, int]:
+        with self.lock:
+            self._memory.begin()
+            self._memory.ledger.sort()  # what others committed comes in another order
+            return self._memory.ledger.rows
 
     @property
     def _rows(self) -> dict[Any, int]:
@@ -234,7 +240,7 @@ class Chest(MutableMapping[K, V]):
         """
         with self.lock:
             self._memory.begin("pop a key")
-            for key in reversed(self._rows):
+            for key in reversed(self._in_order()):
                 return key, self.pop(key)
         raise KeyError("popitem(): the chest is empty")
 

@@ -82,7 +82,7 @@ class Directory:
         """Give a staging file its final name."""
         full = self._join(name)
         if "/" in name:
-            os.makedirs(os.path.dirname(full), 0o700, exist_ok=True)
+            make_folders(os.path.dirname(full))
         os.rename(staged, full)
 
     def remove(self, names: Iterable[str]) -> list[str]:
@@ -197,6 +197,23 @@ def _remove_folder(path: str) -> bool:
     except OSError:  # not empty
         return False
     return True
+
+
+def make_folders(path: str) -> None:
+    """Make a folder and those above it that are not there, for the user alone.
+
+    Raises
+    ------
+    OSError
+        If one cannot be made, or something else has its name.
+    """
+    if not os.path.isdir(path):
+        make_folders(os.path.dirname(path))
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
 
 
 def remove_quietly(path: str) -> None:

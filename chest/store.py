@@ -27,7 +27,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from chest.columns import Entry, FrameError, is_plain, own_entries
-from chest.directory import Directory, Names, remove_quietly, sync_file, sync_folder
+from chest.directory import Directory, Names, make_folders, remove_quietly, sync_file, sync_folder
 from chest.errors import CorruptIndexError, CorruptValueError, KeyTypeError, SerializerError
 from chest.filenames import is_safe_filename
 from chest.index import Index, write_log
@@ -74,7 +74,7 @@ class Store:
         self._swept_staging = False
         self._compact_from = COMPACT_RECORDS
         if not options.readonly and not os.path.isdir(path):
-            os.makedirs(path, 0o700, exist_ok=True)
+            make_folders(path)
             if self._fsync:
                 _sync_parents(path)
         self.readonly = options.readonly or not self._make_writable()
@@ -213,15 +213,12 @@ class Store:
         source = other.directory.full_path(entry.file)
         path = self.directory.staging_path()
         try:
-            os.link(source, path)
-        except OSError:
-            try:
-                shutil.copyfile(source, path)
-            except BaseException:
-                remove_quietly(path)
-                raise
-        if self._fsync:
-            sync_file(path)
+            _link_or_copy(source, path)
+            if self._fsync:
+                sync_file(path)
+        except BaseException:
+            remove_quietly(path)
+            raise
         if self.serializer.text is None:
             self.serializer.text = other.serializer.text
         return Staged(path, entry.length, entry.digest)
@@ -386,6 +383,13 @@ class Store:
         }
         named = self.ledger.files() | {os.path.basename(self.directory.index)}
         assert found == named, f"stray: {found - named}, missing: {named - found}"
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _sync_parents(path: str) -> None:

@@ -783,13 +783,14 @@ def test_iterating_over_values_does_not_push_out_even_what_was_read_once(path):
     data = {n: bytes([n]) * 100 for n in range(50)}
     store(path, data)
     with Chest(path=path, available_memory=1000, nbytes=len) as c:
-        for n in range(9):
+        for n in range(10):
             assert c[n] == data[n]
         before = {*c.inmem}
-        assert len(before) == 9
+        assert before == {*range(10)}
         assert [*c.values()] == [*data.values()]
+        assert [*c.items()] == [*data.items()]
         assert c == data
-        assert before <= {*c.inmem}
+        assert {*c.inmem} == before
 
 
 def test_values_that_are_iterated_over_may_be_changed_in_place(c):
