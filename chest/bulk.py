@@ -13,6 +13,7 @@ from chest.directory import remove_quietly
 from chest.errors import CorruptValueError, UnsavedError
 from chest.ledger import UNSAVED
 from chest.memory import Memory
+from chest.residents import MISSING
 from chest.store import Staged
 
 MAX_OPEN_FILES = 512
@@ -64,7 +65,7 @@ def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:
         with memory.lock:
             memory.begin()
             row = memory.ledger.rows[key]
-            if row == UNSAVED or key in memory.inmem:
+            if row == UNSAVED or memory.in_memory(key) is not MISSING:
                 continue
             entry = memory.ledger.entry(row)
         room -= entry.length

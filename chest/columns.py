@@ -159,12 +159,13 @@ def _encode_block(puts: list[tuple[Any, int, Entry]]) -> tuple[Any, ...]:
     if keys.pickled:
         puts = sorted(puts, key=lambda put: not is_plain(put[0]))
     serials = [serial for _, serial, _ in puts]
+    places = [entry.place for _, _, entry in puts]
     rising = serials == list(range(serials[0], serials[0] + len(serials)))
     return (
         tuple(keys),
         serials[0] if rising else _pack(serials),
         [entry.file for _, _, entry in puts],
-        0,
+        _pack(places) if any(places) else 0,
         _pack([entry.length for _, _, entry in puts]),
         _pack([entry.digest for _, _, entry in puts]),
     )

@@ -40,7 +40,7 @@ PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of t
 TEMPORARY_BYTES = 4096  # about what a directory with an empty index takes
 TOUCHES = 64  # how often a value is handed out between two looks at its size
 
-_MISSING: Any = object()
+MISSING: Any = object()
 
 
 class Closed:
@@ -141,10 +141,10 @@ class Residents:
         """Bring memory in line with keys that others replaced or deleted."""
         self._look(self.store)
         for key, digest in changed.items():
-            value = self._in_memory(key)
+            value = self.in_memory(key)
             if key in self.dirty:
                 keep = True
-            elif value is _MISSING or not self._differs(key, value, digest):
+            elif value is MISSING or not self._differs(key, value, digest):
                 keep = False
             else:
                 keep = True
@@ -201,14 +201,14 @@ class Residents:
         """Let go of a value, if it is resident, and return it."""
         self.fixed.pop(key, None)
         self._touched.pop(key, None)
-        value = self.inmem.pop(key, _MISSING)
+        value = self.inmem.pop(key, MISSING)
         self.eviction.discard(key)
         return value
 
     def get(self, key: Hashable) -> Any:
         """Return the value of a key; where it is resident, without a lock."""
-        value = self.inmem.get(key, _MISSING)
-        if value is _MISSING:
+        value = self.inmem.get(key, MISSING)
+        if value is MISSING:
             return self.fetch(key)
         self.mark(key)
         size, touches = self._touched.get(key, (_shallow_size(value), 0))
@@ -220,13 +220,13 @@ class Residents:
             with self.lock:
                 self._hold(key, value)
         # Another thread may have spilled it before it was in the hand.
-        return value if self.inmem.get(key, _MISSING) is value else self.fetch(key)
+        return value if self.inmem.get(key, MISSING) is value else self.fetch(key)
 
     def _measure_again(self, key: Hashable, value: Any) -> None:
         """Count a value that is in use with the size that it has by now."""
         size = self.measure(value)
         with self.lock:
-            if self.inmem.get(key, _MISSING) is not value:
+            if self.inmem.get(key, MISSING) is not value:
                 return
             if size == self.eviction.size(key):
                 self._touched[key] = (_shallow_size(value), 0)
@@ -272,8 +272,7 @@ class Residents:
             finally:
                 self._end_load(key)
             with self.lock:
-                row = self.ledger.rows.get(key, UNSAVED)
-                if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
+                if self._wants(key, entry):
                     if digest != entry.digest:
                         self._as_loaded[key] = digest
                     self._admit(key, value, size, uses, stream)
@@ -293,8 +292,8 @@ class Residents:
                     if key not in self.fixed:
                         self._hold(key, self.inmem[key])
                     return (self.inmem[key],)
-                value = self._hands.get(key, _MISSING)
-                if value is not _MISSING:
+                value = self._hands.get(key, MISSING)
+                if value is not MISSING:
                     self._admit(key, value, self.measure(value), 0, stream=stream)
                     return (value,)
                 row = self.ledger.rows.get(key, UNSAVED)
@@ -339,11 +338,16 @@ class Residents:
         size = self.measure(value)
         digest = self._digest_as_loaded(value, entry)
         with self.lock:
-            row = self.ledger.rows.get(key, UNSAVED)
-            if row != UNSAVED and self.ledger.entry(row) == entry and key not in self.inmem:
+            if self._wants(key, entry):
                 if digest != entry.digest:
                     self._as_loaded[key] = digest
                 self._admit(key, value, size, uses=1, stream=False)
+
+    def _wants(self, key: Hashable, entry: Entry) -> bool:
+        """Tell whether what was read from `entry` is the value, and the only copy of it."""
+        row = self.ledger.rows.get(key, UNSAVED)
+        current = row != UNSAVED and self.ledger.entry(row) == entry
+        return current and self.in_memory(key) is MISSING
 
     def has(self, key: Hashable) -> bool:
         """Tell whether there is such a key."""
@@ -411,9 +415,9 @@ class Residents:
             if self._differs(key, value, self.ledger.digest(key)):
                 self._revive(key, value)
 
-    def _in_memory(self, key: Hashable) -> Any:
-        """Return the value of a key that is resident or alive elsewhere, `_MISSING` if none is."""
-        return self.inmem[key] if key in self.inmem else self._hands.get(key, _MISSING)
+    def in_memory(self, key: Hashable) -> Any:
+        """Return the value of a key that is resident or alive elsewhere, `MISSING` if none is."""
+        return self.inmem[key] if key in self.inmem else self._hands.get(key, MISSING)
 
     def _differs(self, key: Hashable, value: Any, digest: int) -> bool:
         """Tell whether a clean value is not what was stored with `digest`."""

@@ -18,6 +18,7 @@ import operator
 import sys
 import types
 from collections import Counter, defaultdict, deque
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -41,7 +42,8 @@ _BUDGET = 3072  # parts looked at in one value, whatever its size
 _TAPER = 16  # a level may take this fraction of what is left of the budget
 _RECORD = 16  # parts up to which a collection is drawn whole or not at all
 _SMALL = 32  # parts up to which adding them up at once is quicker than a walk
-_LISTED = 512  # entries up to which a dict or a set is gone through in full
+_FRONT = 8  # the front of a large collection takes this fraction of what is drawn from it
+_REACH = 1 << 17  # entries of a dict, a set or a deque that are stepped over, at 5 ns each
 _TINY = 1024  # bytes up to which finding out what is shared costs more than it tells
 
 _Keys: type = type({}.keys())
@@ -221,51 +223,77 @@ def _open(values: list[Any]) -> tuple[int, _Sized]:
 
 
 def _draw(groups: _Sized, count: int) -> Iterator[_Stratum]:
-    """Draw about `count` parts: small collections in full, the others at even distances."""
+    """Draw about `count` parts: small collections in full, the others at even distances.
+
+    In the order they came in, the first keys of an index, a counter, a group-by hold the largest
+    values; so the front of a large collection is a stratum of its own, and so is what follows it.
+    """
     total = sum(size for _, size in groups)
     fair = count if total <= count else count // len(groups)
     whole = list(chain.from_iterable(base.__iter__(h) for (base, h), n in groups if n <= fair))
     if whole:
         yield whole, 1.0
-    if total > len(whole):
-        drawn = _spread([each for each in groups if each[1] > fair], count - len(whole))
-        yield drawn, (total - len(whole)) / len(drawn)
+    large = [each for each in groups if each[1] > fair]
+    total, count = total - len(whole), count - len(whole)
+    if len(large) > 1 and total <= _RECORD * len(large):  # whole ones: their parts tell of each other
+        few = _spread([(list, large)], [(0, len(large))], count * len(large) // total or 1)
+        drawn = list(chain.from_iterable(base.__iter__(held) for (base, held), _ in few))
+        yield drawn, total / len(drawn)
+    elif large:
+        front = count // len(large) // _FRONT
+        marks = [(0, front, min(17 * front, n // 2), n) for _, n in large]
+        quotas = front * len(large), front * len(large), count - 2 * front * len(large)
+        for i, quota in enumerate(quotas):
+            bounds = [(mark[i], mark[i + 1]) for mark in marks]
+            if drawn := _spread([group for group, _ in large], bounds, quota):
+                yield drawn, sum(high - low for low, high in bounds) / len(drawn)
 
 
-def _spread(groups: _Sized, count: int) -> list[Any]:
-    """Draw at one distance throughout, as if the collections lay end to end.
+def _spread(groups: list[_Group], bounds: list[tuple[int, int]], count: int) -> list[Any]:
+    """Draw at one distance throughout, as if these stretches of collections lay end to end.
 
     It has to fall in step with no period in the data: a large distance shares no small factor
-    with any, a small one (in 1/65536) ends in the golden ratio. Of many short collections, whole
-    ones are drawn: their parts tell about each other.
+    with any, a small one (in 1/65536) ends in the golden ratio.
     """
-    total = sum(size for _, size in groups)
-    if len(groups) > 1 and total <= _RECORD * len(groups):
-        drawn = _spread([((list, groups), len(groups))], count * len(groups) // total or 1)
-        return list(chain.from_iterable(base.__iter__(held) for (base, held), _ in drawn))
-    bits, step = 16, (total // count << 16) + 40503
+    total = sum(high - low for low, high in bounds)
+    if not total:
+        return []
+    bits, step = 16, (total // count << 16) + 40503 if total > count else 1 << 16
     if total > 100 * count:
         bits, step = 0, next(n for n in range(total // count, total) if gcd(n, 30030) == 1)
     start = step // 2
     drawn = []
-    for group, size in groups:
-        spots = range(start, size << bits, step)
-        start += len(spots) * step - (size << bits)
+    for group, (low, high) in zip(groups, bounds, strict=True):
+        spots = range(start + (low << bits), high << bits, step)
+        start += len(spots) * step - (high - low << bits)
         if spots:
-            drawn += _pick(*group, size, [spot >> bits for spot in spots] if bits else spots)
+            drawn += _pick(*group, [spot >> bits for spot in spots] if bits else spots)
     return drawn
 
 
-def _pick(base: Any, held: Any, size: int, places: Sequence[int]) -> list[Any]:
+def _pick(base: Any, held: Any, places: Sequence[int]) -> list[Any]:
     if isinstance(places, range) and base in (list, tuple):
-        return list(base.__getitem__(held, slice(places.start, None, places.step)))
+        return list(base.__getitem__(held, slice(places.start, places.stop, places.step)))
     if hasattr(base, "__getitem__") and base is not deque:
         return list(map(partial(base.__getitem__, held), places))
-    if size <= _LISTED:
-        return list(map(list(base.__iter__(held)).__getitem__, places))
-    tail = len(places) // 2 if hasattr(base, "__reversed__") else 0
-    head = islice(base.__iter__(held), len(places) - tail)
-    return [*head, *islice(base.__reversed__(held), tail)] if tail else list(head)
+    size = base.__len__(held)
+    if size <= _REACH:
+        return _step(base.__iter__(held), places)
+    places = [place * _REACH // size for place in places]
+    half = bisect(places, _REACH // 2) if hasattr(base, "__reversed__") else len(places)
+    drawn = _step(base.__iter__(held), places[:half])
+    if half < len(places):
+        back = [_REACH - 1 - place for place in reversed(places[half:])]
+        drawn += _step(base.__reversed__(held), back)
+    return drawn
+
+
+def _step(parts: Iterator[Any], places: Sequence[int]) -> list[Any]:
+    drawn, at = [], 0
+    for place in places:
+        drawn.append(next(islice(parts, place - at, None)))
+        at = place + 1
+    return drawn
 
 
 _COUNTING = next(map(getrefcount, [object()])) - 1  # references that only counting them takes

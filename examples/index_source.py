@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", nargs="?", default=sysconfig.get_path("stdlib"))
     parser.add_argument("--budget", type=float, default=4, metavar="MB", help="default: 4")
-    parser.add_argument("--limit", type=int, default=80, metavar="FILES", help="default: 80")
+    parser.add_argument("--limit", type=int, default=60, metavar="FILES", help="default: 60")
     return parser.parse_args()
 
 

@@ -96,7 +96,7 @@ plain_keys = st.recursive(
 words = st.integers(0, BIG)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, database=None)
 @given(st.lists(st.tuples(plain_keys, words, st.text(), words, words), min_size=1, max_size=6))
 def test_any_plain_keys_and_numbers_come_back(rows):
     found = only_block(encode([(k, n, Entry(f, 0, size, d)) for k, n, f, size, d in rows]))

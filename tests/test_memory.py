@@ -464,11 +464,16 @@ class Countdown(Box):
         return vars(self)
 
 
-@pytest.mark.parametrize("dumps", range(1, 4))
+@pytest.mark.parametrize("dumps", range(1, 7))
 def test_an_interrupt_does_not_lose_what_threads_had_in_hand(dumps, monkeypatch):
     with Chest(available_memory=0) as c:
-        for key in "abc":
-            in_threads(lambda key=key: c.setdefault(key, Countdown()).items.append(key))
+        barrier = threading.Barrier(3)  # three threads at a time have three hands
+
+        def change(key):
+            c.setdefault(key, Countdown()).items.append(key)
+            barrier.wait(10)
+
+        in_threads(*(functools.partial(change, key) for key in "abc"))
         monkeypatch.setattr(Countdown, "dumps", dumps)
         with pytest.raises(Interrupt):
             c.flush()
@@ -1097,6 +1102,75 @@ def test_telling_of_an_unsavable_value_does_not_keep_it_alive(path, caplog):
         assert reference() is None
 
 
+class Busy(Box):
+    """Does something while it is pickled, as finalizers do that garbage collection runs."""
+
+    act = None
+
+    def __getstate__(self):
+        if Busy.act is not None:
+            act, Busy.act = Busy.act, None
+            act()
+        return vars(self)
+
+
+WHILE_PICKLED = {
+    "read": lambda c: c["k1"],
+    "change": lambda c: c["k1"].append("more"),
+    "set another": lambda c: c.__setitem__("k1", ["new"]),
+    "set a new key": lambda c: c.__setitem__("new", ["new"]),
+    "delete another": lambda c: c.__delitem__("k1"),
+    "delete one after it": lambda c: c.__delitem__("k3"),
+    "pop it": lambda c: c.pop("k2"),
+    "replace it": lambda c: c.__setitem__("k2", ["new"]),
+    "clear": lambda c: c.clear(),
+    "flush": lambda c: c.flush(),
+    "spill": lambda c: c.move_to_disk("k1"),
+    "spill one after it": lambda c: c.move_to_disk("k3"),
+}
+
+
+@pytest.mark.parametrize("clean", [False, True], ids=["new values", "values on disk"])
+@pytest.mark.parametrize("leaving", ["lower the budget", "flush", "set"])
+@pytest.mark.parametrize("act", WHILE_PICKLED)
+def test_the_chest_may_be_used_while_a_value_is_pickled(path, act, leaving, clean, monkeypatch):
+    with Chest(path=path, nbytes=lambda value: 1000) as c:
+        c.update({f"k{n}": Busy(n) if n == 2 else [n] for n in range(5)})
+        if clean:
+            c.flush()
+        monkeypatch.setattr(Busy, "act", staticmethod(lambda: WHILE_PICKLED[act](c)))
+        if leaving == "lower the budget":
+            c.available_memory = 0
+        elif leaving == "flush":
+            c.flush()
+        else:
+            c.available_memory = 5000
+            c["set"] = ["set"]
+            c.flush()
+        assert Busy.act is None
+        c._check()
+        found = dict(c)
+        expected = {f"k{n}": Busy(n) if n == 2 else [n] for n in range(5)}
+        if leaving == "set":
+            expected["set"] = ["set"]
+        if act == "change":
+            expected["k1"].append("more")
+        elif act == "set another":
+            expected["k1"] = ["new"]
+        elif act == "set a new key":
+            expected["new"] = ["new"]
+        elif act == "replace it":
+            expected["k2"] = ["new"]
+        elif act == "clear":
+            expected = {key: expected[key] for key in found}
+        else:
+            deleted = {"delete another": "k1", "delete one after it": "k3", "pop it": "k2"}
+            expected.pop(deleted.get(act), None)
+        assert found == expected
+    with Chest(path=path) as c:
+        assert dict(c) == expected
+
+
 # -- keys that cannot be written -------------------------------------------------------------------
 
 
@@ -1157,7 +1231,7 @@ def test_flush_names_an_unpicklable_key_and_saves_all_others(path, unpicklable):
 
 @pytest.mark.parametrize(
     "key",
-    [nested_tuple(3000), NamelessKey(ValueError("no"))],
+    [nested_tuple(20_000), NamelessKey(ValueError("no"))],
     ids=["nested too deeply", "without a repr"],
 )
 def test_an_unpicklable_key_is_told_of_even_where_its_repr_fails(path, key, caplog):

@@ -189,7 +189,7 @@ class Machine(RuleBasedStateMachine):
 
     def unsaveable(self):
         kinds = self.unsaveable_kinds
-        return [key for key, value in self.model.items() if holds_a(value, kinds)]
+        return {key for key, value in self.model.items() if holds_a(value, kinds)}
 
     def drop_unsaveable(self):
         for key in self.unsaveable():
