@@ -25,10 +25,10 @@ SAFE_PART_BYTES = 255  # in UTF-8; what file systems take
 SAFE_BYTES = 1000
 
 _RESERVED = r"(?:con|prn|aux|nul|clock\$|con(?:in|out)\$|(?:com|lpt)[0-9¹²³]) *(?:[./]|\Z)"
-_PART = rf"(?!{_RESERVED})(?!\.)[^/\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]++(?<![. ])"
+_PART = rf"(?!{_RESERVED})(?!\.)[^/\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]+(?<![. ])"
 
 _readable = re.compile(rf"(?!{_RESERVED})[_a-z][_a-z0-9]*", re.ASCII | re.IGNORECASE).fullmatch
-_safe = re.compile(rf"{_PART}(?:/{_PART})*+", re.IGNORECASE).fullmatch
+_safe = re.compile(rf"{_PART}(?:/{_PART})*", re.IGNORECASE).fullmatch
 _address = re.compile(r"\bat 0x[0-9a-f]+", re.IGNORECASE).search
 _words = re.compile(r"\w+|\W").findall
 

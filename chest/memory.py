@@ -85,6 +85,7 @@ class Memory(Residents):
         except BaseException:
             self.eviction.stay(key for key in keys if key in self.eviction)
             raise
+        unsaved = {key: error for key, error in unsaved.items() if key in self.dirty}
         for key in keys:
             if key in unsaved:
                 self.eviction.set_aside(key, self.eviction.discard(key))
@@ -136,6 +137,7 @@ class Memory(Residents):
             self._settle(self._hands.open_ended())
             self._revive_changed()
             unsaved = self._save([*self.dirty], stop=False)
+            unsaved = {key: error for key, error in unsaved.items() if key in self.dirty}
             for key in self.eviction.aside():
                 if key not in unsaved:
                     self.eviction.stay([key])
@@ -160,6 +162,8 @@ class Memory(Residents):
         unsaved: dict[Any, Exception] = {}
         try:
             for key in keys:
+                if key not in self.inmem:
+                    continue  # what was pickled before it deleted or spilled it
                 try:
                     values[key] = self.inmem[key]
                     staged[key] = self._stage(key, values[key])

@@ -289,9 +289,10 @@ class Residents:
             while True:
                 if key in self.inmem:
                     self.mark(key)
+                    value = self.inmem[key]
                     if key not in self.fixed:
-                        self._hold(key, self.inmem[key])
-                    return (self.inmem[key],)
+                        self._hold(key, value)  # which may make room, and let go of it
+                    return (value,)
                 value = self._hands.get(key, MISSING)
                 if value is not MISSING:
                     self._admit(key, value, self.measure(value), 0, stream=stream)
@@ -324,14 +325,14 @@ class Residents:
     def _admit(self, key: Hashable, value: Any, size: int, uses: int, stream: bool) -> None:
         """Make a stored value resident if it may be, and put it in this thread's hand."""
         room = self.available - self.eviction.total if stream else self.available
+        released = self._hands.hold(key, value)
         if size <= room:
             self._enter(key, value, size, uses)
-            self._make_room()
-        resident = key in self.inmem
-        if not resident or changeable(value):
-            self._hold(key, value)
-        if not resident:
+        else:
             self._hands.leave(key, value)
+        # Only now: both may commit, and then find that another handle replaced or deleted the key.
+        self._settle(released)
+        self._make_room()
 
     def offer(self, key: Hashable, entry: Entry, value: Any) -> None:
         """Make a value resident that was read from `entry`, unless that is history."""
@@ -412,7 +413,7 @@ class Residents:
         for key in [key for key in self.inmem if key not in self.dirty]:
             self._must_write(key)
         for key, value in self._hands.alive():
-            if self._differs(key, value, self.ledger.digest(key)):
+            if self._hands.get(key) is value and self._differs(key, value, self.ledger.digest(key)):
                 self._revive(key, value)
 
     def in_memory(self, key: Hashable) -> Any:
@@ -455,8 +456,8 @@ class Residents:
         return entry.digest if digest is None else digest
 
     def _must_write(self, key: Hashable) -> bool:
-        if key in self.dirty:
-            return True
+        if key in self.dirty or key not in self.inmem:
+            return key in self.dirty
         changed = self._differs(key, self.inmem[key], self.ledger.digest(key))
         if changed:
             self.dirty[key] = None

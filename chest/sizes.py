@@ -1,10 +1,11 @@
 """What a value costs in memory, in bytes, found out in microseconds.
 
 `nbytes` walks a value from the outside in, one level of nesting at a time. A level of up to two
-hundred parts is looked at in full. From a larger one, parts are drawn at even distances and stand
-for all of them, so that a list of a million elements takes as long as one of a thousand. What
-occurs twice within one value is counted once; a view (of an array, of bytes) costs what it keeps
-alive.
+hundred parts is looked at in full. From a larger one, parts are drawn at even distances, more
+densely at its front, and stand for all of them, so that a list of a million elements takes as long
+as one of a thousand; but dicts, sets and deques have to be stepped through, at a millisecond or
+two per value. What occurs twice within one value is counted once; a view (of an array, of bytes)
+costs what it keeps alive.
 
 It is an estimate, within a few percent where data is of one kind. It cannot see one huge element
 among thousands of tiny ones, what lies more than some 3,000 levels deep, nor what a class written
@@ -15,34 +16,32 @@ from __future__ import annotations
 
 import enum
 import operator
-import sys
 import types
-from collections import Counter, defaultdict, deque
 from bisect import bisect
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain, compress, islice
+from itertools import chain, islice
 from math import gcd
 from sys import getrefcount, getsizeof
 from threading import RLock
 from typing import Any, Protocol, TypeVar, cast, overload
 
+from chest.library_sizes import NAMED, SEALED, Fields, Group, Opened, Opener
+
 __all__ = ["nbytes"]
 
 _Sizer = Callable[[Any], int]
 _SizerT = TypeVar("_SizerT", bound=_Sizer)
-_Group = tuple[Any, Any]  # a collection, after the type whose methods reach its parts
-_Opened = tuple[int, list[_Group]]  # a value's own bytes, and where its parts are
-_Opener = Callable[[Any], _Opened]
-_Sized = list[tuple[_Group, int]]  # collections with the number of their parts
+_Sized = list[tuple[Group, int]]  # collections with the number of their parts
 _Stratum = tuple[list[Any], float]  # parts, and how many real ones each of them stands for
 
 _BUDGET = 3072  # parts looked at in one value, whatever its size
 _TAPER = 16  # a level may take this fraction of what is left of the budget
 _RECORD = 16  # parts up to which a collection is drawn whole or not at all
 _SMALL = 32  # parts up to which adding them up at once is quicker than a walk
-_FRONT = 8  # the front of a large collection takes this fraction of what is drawn from it
+_FRONT = 4  # the front of a large collection takes this fraction of what is drawn from it
 _REACH = 1 << 17  # entries of a dict, a set or a deque that are stepped over, at 5 ns each
 _TINY = 1024  # bytes up to which finding out what is shared costs more than it tells
 
@@ -122,9 +121,10 @@ def nbytes(value: object) -> int:
     of the class `kind` and its subclasses sized by ``sizer(value) -> int`` (bytes), also inside
     containers. The most specific class wins, and of one class the last registration.
 
-    At most about 3,000 parts of a value are looked at. Dicts, sets and deques of more than 512
-    entries are sampled at their ends, lists, tuples and arrays all over. In a flat value of up to
-    1 KiB the parts are added up without looking for shared ones. A slice of a DataFrame costs its
+    At most about 3,000 parts of a value are looked at. They are drawn from all over it,
+    more densely at the front of large collections; from dicts, sets and deques of more than 131,072
+    entries, at their two ends. In a flat value of up to 1 KiB the parts are added up without
+    looking for shared ones. A slice of a DataFrame costs its
     own rows, a memory map little, memory of a GPU as much as any.
 
     Any number of threads may call it, and register, at the same time.
@@ -235,7 +235,7 @@ def _draw(groups: _Sized, count: int) -> Iterator[_Stratum]:
         yield whole, 1.0
     large = [each for each in groups if each[1] > fair]
     total, count = total - len(whole), count - len(whole)
-    if len(large) > 1 and total <= _RECORD * len(large):  # whole ones: their parts tell of each other
+    if len(large) > 1 and total <= _RECORD * len(large):  # whole ones: their parts belong together
         few = _spread([(list, large)], [(0, len(large))], count * len(large) // total or 1)
         drawn = list(chain.from_iterable(base.__iter__(held) for (base, held), _ in few))
         yield drawn, total / len(drawn)
@@ -249,7 +249,7 @@ def _draw(groups: _Sized, count: int) -> Iterator[_Stratum]:
                 yield drawn, sum(high - low for low, high in bounds) / len(drawn)
 
 
-def _spread(groups: list[_Group], bounds: list[tuple[int, int]], count: int) -> list[Any]:
+def _spread(groups: list[Group], bounds: list[tuple[int, int]], count: int) -> list[Any]:
     """Draw at one distance throughout, as if these stretches of collections lay end to end.
 
     It has to fall in step with no period in the data: a large distance shares no small factor
@@ -277,7 +277,7 @@ def _pick(base: Any, held: Any, places: Sequence[int]) -> list[Any]:
     if hasattr(base, "__getitem__") and base is not deque:
         return list(map(partial(base.__getitem__, held), places))
     size = base.__len__(held)
-    if size <= _REACH:
+    if size <= _REACH or places[-1] < _REACH // 2:
         return _step(base.__iter__(held), places)
     places = [place * _REACH // size for place in places]
     half = bisect(places, _REACH // 2) if hasattr(base, "__reversed__") else len(places)
@@ -313,7 +313,7 @@ def _unshared(parts: list[Any], weight: float, seen: dict[int, Any]) -> list[_St
         return [(parts, weight)]
     times = Counter(ids)
     references = dict(zip(ids, map(getrefcount, parts), strict=True))
-    often = Counter(times.values())
+    often = Counter(drawn + (key in seen) for key, drawn in times.items())
     least = min(1 + often[1] / (2 * often[2]), weight) if often[2] else weight
     alike = defaultdict[int, tuple[list[Any], list[float]]](lambda: ([], []))  # in powers of two
     for key, drawn in times.items():
@@ -330,7 +330,7 @@ def _unshared(parts: list[Any], weight: float, seen: dict[int, Any]) -> list[_St
 # What is known about types: what a value itself takes, and where its parts are.
 
 
-def _find(kind: type) -> tuple[_Sizer, _Opener | None]:
+def _find(kind: type) -> tuple[_Sizer, Opener | None]:
     """Find out how values of a type are sized, and how they are taken apart, if they are."""
     for base in kind.__mro__:
         name = base.__module__.partition(".")[0], base.__qualname__
@@ -338,9 +338,9 @@ def _find(kind: type) -> tuple[_Sizer, _Opener | None]:
             return partial(_ask, _registered[base]), None
         if base in _SHARED or name == ("numpy", "generic"):
             return _leaf(kind), None
-        opener = _OPENERS.get(base) or _NAMED.get(name)
+        opener = _OPENERS.get(base) or NAMED.get(name)
         if opener:
-            more = _NOTHING if name[0] in _SEALED else _fields(kind)
+            more = _NOTHING if name[0] in SEALED else _fields(kind)
             return _QUICK.get(kind, _walk), partial(_open_with, opener, *more)
     more = _fields(kind)
     if any("nbytes" in vars(base) for base in kind.__mro__):
@@ -387,27 +387,6 @@ def _fields(kind: type) -> tuple[tuple[Any, ...], Any]:
     return slots, next((attributes for attributes in dicts if isinstance(attributes, c_made)), None)
 
 
-def _read(field: Any, value: Any) -> Any:
-    try:
-        return field.__get__(value)
-    except (AttributeError, ValueError):  # a slot never set, a memoryview released
-        return None
-
-
-class _Fields:
-    """What descriptors read from a value; a list would add references, which are counted."""
-
-    def __init__(self, fields: tuple[Any, ...], value: Any) -> None:
-        self.fields = fields
-        self.value = value
-
-    def __len__(self) -> int:
-        return len(self.fields)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (_read(field, self.value) for field in self.fields)
-
-
 class _Entries:
     """The keys and the values of a small dict, which are drawn together or not at all."""
 
@@ -421,10 +400,10 @@ class _Entries:
         return chain(dict.keys(self.value), dict.values(self.value))
 
 
-def _open_with(opener: _Opener, slots: tuple[Any, ...], attributes: Any, value: Any) -> _Opened:
+def _open_with(opener: Opener, slots: tuple[Any, ...], attributes: Any, value: Any) -> Opened:
     total, groups = opener(value)
     if slots:
-        groups.append((_Fields, _Fields(slots, value)))
+        groups.append((Fields, Fields(slots, value)))
     if attributes:
         names = attributes.__get__(value)
         if type(claim := dict.get(names, "nbytes")) is int:
@@ -434,110 +413,29 @@ def _open_with(opener: _Opener, slots: tuple[Any, ...], attributes: Any, value: 
     return total, groups
 
 
-def _open_claim(otherwise: _Opener, value: Any) -> _Opened:
+def _open_claim(otherwise: Opener, value: Any) -> Opened:
     with suppress(Exception):  # a property that raises, a method, None
         return max(_own(value), operator.index(value.nbytes)), []
     return otherwise(value)
 
 
-def _open_bare(value: Any) -> _Opened:
+def _open_bare(value: Any) -> Opened:
     return _own(value), []
 
 
-def _open_row(base: type, value: Any) -> _Opened:
+def _open_row(base: type, value: Any) -> Opened:
     return _own(value), [(base, value)]
 
 
-def _open_dict(value: Any) -> _Opened:
+def _open_dict(value: Any) -> Opened:
     if dict.__len__(value) <= _RECORD:
         return _own(value), [(_Entries, _Entries(value))]
     return _own(value), [(_Keys, dict.keys(value)), (_Values, dict.values(value))]
 
 
-def _open_memoryview(value: Any) -> _Opened:
-    return getsizeof(value), [(_Fields, _Fields((vars(memoryview)["obj"],), value))]
-
-
-def _open_array(value: Any) -> _Opened:
-    if type(value.base).__name__ == "PyCapsule":  # memory of some library written in C
-        return getsizeof(value) + value.nbytes, []
-    if value.base is not None:
-        return getsizeof(value), [(_Fields, _Fields((type(value).base,), value))]
-    return getsizeof(value), [(type(c), c) for c in _cells(sys.modules["numpy"].asarray(value))]
-
-
-def _cells(array: Any) -> list[Any]:
-    """Find the Python objects in an array, also in the fields of a structured one."""
-    if not array.dtype.hasobject:
-        return []
-    if array.dtype.names is None:
-        return [array.flat]
-    return [cells for name in array.dtype.names for cells in _cells(array[name])]
-
-
-class _Columns(Sequence[Any]):
-    """Those columns of a DataFrame that are more than plain numbers, each made when drawn."""
-
-    def __init__(self, frame: Any, places: list[int]) -> None:
-        self.frame = frame
-        self.places = places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.frame.iloc[:, self.places[i]].array
-
-
-def _open_frame(frame: Any) -> _Opened:
-    dtypes = list(frame.dtypes)
-    plain = sys.modules["numpy"].dtype
-    numbers = [isinstance(dtype, plain) and dtype.kind != "O" for dtype in dtypes]
-    width = sum(dtype.itemsize for dtype in compress(dtypes, numbers))
-    columns = _Columns(frame, [i for i, number in enumerate(numbers) if not number])
-    return width * len(frame), [(list, [frame.index, frame.columns]), (_Columns, columns)]
-
-
-def _open_index(index: Any) -> _Opened:
-    if hasattr(index, "levels"):
-        return sum(codes.nbytes for codes in index.codes), [(list, list(index.levels))]
-    if hasattr(index, "categories"):
-        return _open_column(index.array)
-    return index.memory_usage(), _open_column(index.array)[1] if index.dtype.kind == "O" else []
-
-
-def _open_column(array: Any) -> _Opened:
-    if hasattr(array, "categories"):
-        return array.codes.nbytes, [(list, [array.categories])]
-    if array.dtype.name == "object" or getattr(array.dtype, "storage", None) == "python":
-        cells = sys.modules["numpy"].asarray(array).flat
-        return array.nbytes, [(type(cells), cells)]
-    return array.nbytes, []
-
-
 _QUICK: dict[type, _Sizer] = {list: _row, tuple: _row, set: _row, frozenset: _row, dict: _pairs}
 _SHARED = {type, types.FunctionType, types.ModuleType, enum.Enum}
-_OPENERS: dict[type, _Opener] = {
+_OPENERS: dict[type, Opener] = {
     **{base: partial(_open_row, base) for base in (list, tuple, set, frozenset, deque)},
     dict: _open_dict,
-    memoryview: _open_memoryview,
 }
-# Found by package and name, so that nothing needs to be imported.
-_NAMED: dict[tuple[str, str], _Opener] = {
-    **{
-        ("pyarrow", name): lambda value: (value.get_total_buffer_size(), [])
-        for name in ("Array", "ChunkedArray", "RecordBatch", "Table")
-    },
-    ("numpy", "ndarray"): _open_array,
-    ("numpy", "void"): _open_array,
-    ("pandas", "DataFrame"): _open_frame,
-    ("pandas", "Series"): lambda value: (0, [(list, [value.index, value.array])]),
-    ("pandas", "Index"): _open_index,
-    ("pandas", "ExtensionArray"): _open_column,
-    ("pyarrow", "Buffer"): lambda value: (value.size, []),
-    ("torch", "Tensor"): lambda value: (0, [(list, [value.untyped_storage()])]),
-    ("torch", "UntypedStorage"): lambda value: (value.nbytes(), []),
-    ("_ctypes", "_CData"): lambda value: (getsizeof(value) + memoryview(value).nbytes, []),
-}
-# Their attributes are what has been counted already, and their __sizeof__ looks at every string.
-_SEALED = {"pandas", "pyarrow", "torch"}

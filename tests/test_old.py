@@ -129,6 +129,27 @@ def test_an_old_chest_in_compressed_files_opens(path):
         c._check()
 
 
+# Windows takes none but the last of these.
+NAMES = ["con", "aux.txt", "x\n", "x.", "a:b", "a\\b", "_a/nul"] if os.name == "posix" else []
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a b"])
+def test_values_under_names_that_are_given_no_more_are_read_and_removed(path, name):
+    make(path, [("k", name), ("x", "x")], {name: [1], "x": [2]})
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": [1], "x": [2]}
+        c["new"] = [3]
+        c.flush()
+        c._check()
+        assert name in tree(path)
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": [1], "x": [2], "new": [3]}
+        c["k"] = [4]
+        c.flush()
+        c._check()
+        assert tree(path).keys() == {".keys", "k", "x", "new"}
+
+
 def test_an_old_chest_without_keys_is_an_empty_one(path):
     make(path, [], {})
     with Chest(path=path) as c:

@@ -7,7 +7,7 @@ as many, new ones each time.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import enum
 import functools
 import gzip
@@ -52,7 +52,7 @@ PLAIN_KEYS = [
     *("_a", ("a", "b"), ("A", "b"), ("a", "b", "c"), ("a",), (), ("a", ("b", 1))),
     *(b"1", b"", frozenset(), frozenset({"a", (1, 2)})),
 ]
-OTHER_KEYS = [datetime.date(2026, 1, 1), Level.LOW, Text("abc"), Text("new"), np.int64(7)]
+OTHER_KEYS = [dt.date(2026, 1, 1), Level.LOW, Text("abc"), Text("new"), np.int64(7)]
 
 MAKERS = {
     "None": lambda n: None,
@@ -115,9 +115,8 @@ def typed(keys):
 
 def holds_a(value, kinds):
     """Tell whether one of `kinds` is in a value, or is the value."""
-    if type(value) is dict:
-        value = list(value.values())
-    return isinstance(value, kinds) or (type(value) is list and any(holds_a(v, kinds) for v in value))
+    members = value.values() if type(value) is dict else value if type(value) is list else ()
+    return isinstance(value, kinds) or any(holds_a(member, kinds) for member in members)
 
 
 any_key = st.integers(0, 1000)
@@ -300,7 +299,8 @@ class Machine(RuleBasedStateMachine):
             self.model |= expected
             return
         if source == "keywords":
-            pairs, expected = ({f"word{i}": v for i, v in enumerate(d.values())} for d in (pairs, expected))
+            pairs = {f"word{i}": value for i, value in enumerate(pairs.values())}
+            expected = {f"word{i}": value for i, value in enumerate(expected.values())}
             self.chest.update(overwrite=overwrite, **pairs)
         elif source == "pairs":
             self.chest.update(list(pairs.items()), overwrite=overwrite)
@@ -551,12 +551,12 @@ def effort(examples, steps):
 
 
 def test_a_chest_of_pickles_is_a_dict_whatever_is_done_with_it():
-    run_state_machine_as_test(PickleMachine, settings=effort(60, 40))
+    run_state_machine_as_test(PickleMachine, settings=effort(250, 50))
 
 
 def test_a_chest_of_json_is_a_dict_whatever_is_done_with_it():
-    run_state_machine_as_test(JsonMachine, settings=effort(40, 40))
+    run_state_machine_as_test(JsonMachine, settings=effort(150, 50))
 
 
 def test_of_two_handles_that_disagree_the_last_commit_wins():
-    run_state_machine_as_test(ConflictMachine, settings=effort(60, 30))
+    run_state_machine_as_test(ConflictMachine, settings=effort(150, 40))

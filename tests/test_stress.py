@@ -240,10 +240,10 @@ def test_numbers_that_threads_count_up_under_the_lock_are_exact(path, seed, budg
 def test_threads_that_own_keys_and_threads_that_count_do_not_disturb_each_other(path, seed):
     with Chest(path=path, available_memory=2000) as c:
         c.update((name, [0]) for name in SHARED)
-        actors = [Owner(c, "t0", seed), Owner(c, "t1", seed), Counter(c, seed), Counter(c, seed + 1)]
-        together(*actors)
+        counters = [Counter(c, seed), Counter(c, seed + 1)]
+        together(Owner(c, "t0", seed), Owner(c, "t1", seed), *counters)
         c._check()
-        assert c["n0"][0] == actors[2].counted["n0"] + actors[3].counted["n0"]
+        assert c["n0"][0] == counters[0].counted["n0"] + counters[1].counted["n0"]
 
 
 def test_each_of_two_handles_finds_what_its_threads_left(path, seed):
