@@ -115,9 +115,11 @@ class _Plain(pickle.Unpickler):
     """Reads primitives and containers of them, and refuses whatever would import or run code."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Refuse to import."""
         raise FrameError(f"it names {module}.{name}, and an index may name nothing")
 
     def persistent_load(self, pid: Any) -> Any:
+        """Refuse what is not in the stream itself."""
         raise FrameError(f"it holds a persistent id {pid!r}, and an index may hold none")
 
 
@@ -134,6 +136,7 @@ def is_plain(key: Hashable) -> bool:
     if kind in _ATOMS:
         return True
     try:
+        # What mypy cannot see: it is iterable then.
         return (kind is tuple or kind is frozenset) and all(map(is_plain, key))  # type: ignore[call-overload]
     except RecursionError:  # nested so deeply that no pickle takes it either
         return False

@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, cast, overload
 
 from chest.bulk import OpenMany, link, prefetch
 from chest.filenames import key_to_filename
@@ -177,7 +177,7 @@ class Chest(MutableMapping[K, V]):
         else:
             memory.mark(key)
             return value
-        return memory.get(key)  # type: ignore[no-any-return]
+        return memory.get(key)  # type: ignore[no-any-return]  # what was set is a V
 
     def __setitem__(self, key: K, value: V) -> None:
         self._memory.set(key, value)
@@ -286,7 +286,7 @@ class Chest(MutableMapping[K, V]):
                     self[key] = value
         for name, value in more.items():
             if overwrite or name not in self:
-                self[name] = value  # type: ignore[index]
+                self[name] = value  # type: ignore[index]  # keywords make str keys, as in dict
 
     def copy(self) -> Chest[K, V]:
         """Return a temporary chest with the same keys and values, and the same options."""
@@ -341,7 +341,7 @@ class Chest(MutableMapping[K, V]):
                 return False
         return True
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # changeable, as a dict
 
     # -- views -----------------------------------------------------------------------------------
 
@@ -441,8 +441,8 @@ class Chest(MutableMapping[K, V]):
         """
         one = not isinstance(keys, Iterable) or isinstance(keys, (str, bytes))
         if one or (isinstance(keys, Hashable) and keys in self):
-            keys = [keys]  # type: ignore[list-item]
-        prefetch(self._memory, keys, self.open_many)  # type: ignore[arg-type]
+            keys = [cast(K, keys)]
+        prefetch(self._memory, cast(Iterable[K], keys), self.open_many)
 
     # -- disk ------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import Any, NoReturn
 
@@ -58,7 +59,7 @@ class Closed:
     __getitem__ = __contains__ = __iter__ = __len__ = __call__ = _refuse
 
 
-class Residents:
+class Residents(ABC):
     """What of a chest is in memory, and how it comes there.
 
     Parameters
@@ -257,7 +258,7 @@ class Residents:
             If there is no such key.
         CorruptValueError, SerializerError
         """
-        nested = self.lock._is_owned()  # type: ignore[attr-defined]
+        nested = self.lock._is_owned()  # type: ignore[attr-defined]  # as Condition asks it
         with self.lock:
             self.begin()
         while True:
@@ -486,9 +487,9 @@ class Residents:
 
     # -- for the subclass ------------------------------------------------------------------------
 
+    @abstractmethod
     def make_room(self, key: Hashable | None = None) -> None:
         """Spill until the budget is kept; `key` by itself if it alone is too large for it."""
-        raise NotImplementedError
 
     def _make_room(self, key: Hashable | None = None) -> None:
         """Make room as far as the disk lets us: a read never fails for the lack of it."""

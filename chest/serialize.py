@@ -89,7 +89,7 @@ def changeable(value: object) -> bool:
         return False
     if kind is tuple or kind is frozenset:
         try:
-            return any(map(changeable, value))  # type: ignore[call-overload]
+            return any(map(changeable, value))  # type: ignore[call-overload]  # iterable then
         except RecursionError:
             return True
     return not _is_frozen_array(value)
@@ -193,7 +193,7 @@ class Serializer:
 
     def _dump_into(self, sink: HashingWriter, value: object) -> None:
         try:
-            self.dump(value, sink)  # type: ignore[arg-type]
+            self.dump(value, sink)  # type: ignore[arg-type]  # passes for a file
         except Exception as error:
             if error is sink.refused or (sink.bypassed and _is_disk_error(error)):
                 raise
@@ -260,7 +260,7 @@ class Serializer:
         source = HashingReader(file)
         value = error = None
         try:
-            value = self.load(source)  # type: ignore[arg-type]
+            value = self.load(source)  # type: ignore[arg-type]  # passes for a file
         except Exception as raised:  # noqa: BLE001 -- first find out whether the bytes are right
             error = raised
         _check(source, length, digest, error)
