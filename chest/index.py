@@ -18,9 +18,11 @@ with its process.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -36,6 +38,10 @@ FRAME_HEAD = 8
 MOVED = 1 << 63
 POLL = 0.002  # seconds between two tries to lock
 _LENGTH = (1 << 48) - 1
+
+_holders: dict[str, int] = {}  # which thread of this process holds the lock on which file
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_holders.clear)
 
 
 def _checksum(length: int) -> int:
@@ -206,7 +212,13 @@ class Index:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock on the file that `path` names; may be nested."""
+        """Hold the lock on the file that `path` names; may be nested.
+
+        Raises
+        ------
+        OSError
+            With EDEADLK if another index of this thread holds it: to wait would be for ever.
+        """
         if self._depth == 0:
             self._lock()
         self._depth += 1
@@ -215,9 +227,17 @@ class Index:
         finally:
             self._depth -= 1
             if self._depth == 0:
+                _holders.pop(self.path, None)
                 unlock_descriptor(self._file.fileno())
 
+    def held_here(self) -> bool:
+        """Tell whether this thread holds the lock, with this or another index."""
+        return _holders.get(self.path) == threading.get_ident()
+
     def _lock(self) -> None:
+        if self.held_here():
+            message = "another chest of this thread is committing there"
+            raise OSError(errno.EDEADLK, message, self.path)
         while True:
             lock_descriptor(self._file.fileno(), poll_interval=POLL)
             if self._is_current():
@@ -225,6 +245,7 @@ class Index:
             unlock_descriptor(self._file.fileno())
             self._file.close()
             self._open()
+        _holders[self.path] = threading.get_ident()
         word = _native(self.head[1])
         if word & MOVED and not self.foreign:  # whoever set it died before the replacement
             self.head[1] = _native(word & ~MOVED)

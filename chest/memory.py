@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -288,11 +289,19 @@ class Memory(Residents):
             self._end()
             return
         try:
-            self.close()
+            if not self._close_elsewhere():
+                self.close()
         except Exception as error:  # noqa: BLE001 -- nobody is left to catch it, so it is said
             message = "the chest at %s could not be closed: %s"
             logger.error(message, self.path, say(error))  # noqa: TRY400 -- one line, no traceback
             self._end()
+
+    def _close_elsewhere(self) -> bool:
+        """Let another thread wait, where garbage is collected in the midst of another's commit."""
+        waits = self._store is not None and self._store.index.held_here()
+        if waits:
+            threading.Thread(target=self.finish).start()
+        return waits
 
     def _end(self) -> None:
         self.closed = True

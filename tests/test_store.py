@@ -1,6 +1,8 @@
 """Commits: all or nothing at every step, for several handles, and for a power cut."""
 
 import dataclasses
+import errno
+import gc
 import json
 import logging
 import os
@@ -8,6 +10,7 @@ import pickle
 import random
 import shutil
 import sys
+import threading
 import types
 from contextlib import suppress
 from io import FileIO
@@ -18,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 import chest.index
 import chest.ledger
 import chest.store
-from chest import Chest, CorruptIndexError, CorruptValueError, ReadOnlyError
+from chest import Chest, CorruptIndexError, CorruptValueError, ReadOnlyError, UnsavedError
 from chest.columns import Entry, encode
 from chest.directory import Directory
 from chest.index import MAGIC, Index, encode_length, frame
@@ -1352,3 +1355,44 @@ def test_with_fsync_an_error_of_the_disk_commits_nothing(path, monkeypatch):
         assert tree(path) == before
         c.flush()
     assert read_back(path) == {"x": 1, "y": 2}
+
+
+# -- two handles of one thread --------------------------------------------------------------------
+
+
+def test_a_chest_that_is_collected_while_another_commits_is_saved_after_it(path):
+    forgotten = Chest(path=path)
+    forgotten["x"] = [1]
+    forgotten.itself = forgotten  # only the garbage collector finds it
+    del forgotten
+
+    def name(key):
+        gc.collect()
+        return str(key)
+
+    with Chest(path=path, key_to_filename=name) as c:
+        c["y"] = 2
+        c.flush()
+        for thread in set(threading.enumerate()) - {threading.current_thread()}:
+            thread.join()
+        assert dict(c) == {"x": [1], "y": 2}
+        c._check()
+
+
+def test_to_commit_within_a_commit_to_the_same_directory_is_an_error_not_a_hang(path):
+    with Chest(path=path) as inner:
+        inner["x"] = 1
+        causes = []
+
+        def name(key):
+            with pytest.raises(UnsavedError) as caught:
+                inner.flush()
+            causes.extend(caught.value.causes)
+            return str(key)
+
+        with Chest(path=path, key_to_filename=name) as c:
+            c["y"] = 2
+            c.flush()
+            assert causes[0].errno == errno.EDEADLK
+        inner.flush()
+        assert dict(inner) == {"x": 1, "y": 2}
