@@ -33,6 +33,17 @@ TEST = [
     "pytest-timeout",
     "scipy",
 ]
+BENCH = [
+    "cachetools",
+    "diskcache",
+    "joblib",
+    "lmdb",
+    "matplotlib",
+    "numpy",
+    "rocksdict",
+    "sqlitedict",
+    "zict",
+]
 # Upper bounds where a new release brings new complaints about old code.
 DEV = [
     *TEST,
@@ -78,5 +89,5 @@ setup(
         "heapdict",
         "xxhash>=3",
     ],
-    extras_require={"test": TEST, "dev": DEV},
+    extras_require={"test": TEST, "bench": BENCH, "dev": DEV},
 )

@@ -32,15 +32,24 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
         If there is no such key.
     """
     wanted = _fitting(memory, keys)
+    if memory.lock._is_owned():  # type: ignore[attr-defined]  # threads would wait for this one
+        for key, _ in wanted:
+            memory.fetch(key, uses=1)
+        return
     if open_many is None:
         _read_in_threads(memory, wanted)
         return
     while batch := wanted[:MAX_OPEN_FILES]:
         del wanted[:MAX_OPEN_FILES]
         paths = [memory.store.directory.full_path(entry.file) for _, entry in batch]
-        with open_many(paths, mode="rb") as files:
-            for (key, entry), file in zip(batch, files, strict=True):
-                memory.offer(key, entry, memory.store.read(key, entry, file))
+        try:
+            with open_many(paths, mode="rb") as files:
+                for (key, entry), file in zip(batch, files, strict=True):
+                    memory.offer(key, entry, memory.store.read(key, entry, file))
+        except (FileNotFoundError, CorruptValueError):  # damaged, or replaced meanwhile
+            for key, _ in batch:
+                with suppress(KeyError):
+                    memory.fetch(key)
 
 
 def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
@@ -54,7 +63,8 @@ def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
                 try:
                     memory.offer(key, entry, load.result())
                 except CorruptValueError:
-                    memory.fetch(key)  # damaged, or replaced by another handle
+                    with suppress(KeyError):
+                        memory.fetch(key)  # damaged, or replaced by another handle
 
 
 def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:
@@ -89,10 +99,11 @@ def link(memory: Memory, other: Memory, overwrite: bool) -> None:
         other.ledger.sort()
         keys = iter(list(other.ledger.rows))
     while batch := list(islice(keys, LINKS)):
-        _link_batch(memory, other, [key for key in batch if overwrite or not memory.has(key)])
+        wanted = [key for key in batch if overwrite or not memory.has(key)]
+        _link_batch(memory, other, wanted, overwrite)
 
 
-def _link_batch(memory: Memory, other: Memory, keys: list[Any]) -> None:
+def _link_batch(memory: Memory, other: Memory, keys: list[Any], overwrite: bool) -> None:
     staged: dict[Any, Staged] = {}
     try:
         for key in keys:
@@ -100,11 +111,14 @@ def _link_batch(memory: Memory, other: Memory, keys: list[Any]) -> None:
             if linked is not None:
                 staged[key] = linked
                 continue
-            memory.adopt(staged)  # first those that come before in the order of keys
+            memory.adopt(staged, overwrite=overwrite)  # first those that come before in the order
             staged.clear()
             with suppress(KeyError):
-                memory.set(key, other.fetch(key))
-        memory.adopt(staged)
+                value = other.fetch(key)
+                with memory.lock:
+                    if overwrite or not memory.has(key):
+                        memory.set(key, value)
+        memory.adopt(staged, overwrite=overwrite)
     finally:
         for linked in staged.values():  # gone if they were taken over
             remove_quietly(linked.path)
@@ -117,6 +131,13 @@ def _stage(memory: Memory, other: Memory, key: Any) -> Staged | None:
             return None
         entry = other.ledger.entry(row)
     try:
-        return memory.store.stage_link(other.store, entry)
+        linked = memory.store.stage_link(other.store, entry)
     except OSError:
         return None  # replaced meanwhile, or damaged: getting the value tells
+    with other.lock:
+        other.begin()
+        row = other.ledger.rows.get(key, UNSAVED)
+        if row != UNSAVED and other.ledger.entry(row) == entry:
+            return linked
+    remove_quietly(linked.path)  # that name may be another value's by now
+    return None

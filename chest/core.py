@@ -18,6 +18,8 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from copy import deepcopy
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast, overload
 
@@ -26,8 +28,10 @@ from chest.filenames import key_to_filename
 from chest.ledger import UNSAVED
 from chest.memory import Memory
 from chest.options import DEFAULT_AVAILABLE_MEMORY, Options, absolute, budget
+from chest.processes import enlist
 from chest.serialize import Dump, Load, Open, Serializer, dump_pickle
 from chest.sizes import nbytes
+from chest.store import demand
 from chest.views import ChestItems, ChestKeys, ChestValues
 
 K = TypeVar("K", bound=Hashable)
@@ -94,7 +98,8 @@ class Chest(MutableMapping[K, V]):
     Notes
     -----
     Any number of threads may use a chest. Values in memory are got without a lock; each of the
-    other operations is atomic.
+    other operations is atomic. A chest that is pickled is flushed, and loads as a new chest on the
+    same directory; in a forked child, each chest becomes such a new one.
 
     Methods by purpose:
 
@@ -102,6 +107,7 @@ class Chest(MutableMapping[K, V]):
     * memory: `memory_usage`, `available_memory`, `inmem`, `shrink`, `move_to_disk`,
       `get_from_disk`, `prefetch`
     * disk: `path`, `key_to_filename`, `flush`, `write_keys`, `close`, `closed`, `drop`
+    * several processes: `transaction`, `refresh`
 
     Examples
     --------
@@ -153,6 +159,7 @@ class Chest(MutableMapping[K, V]):
         self._memory = Memory(options, serializer, budget(available_memory))
         # Not __del__: this runs once, also at exit, and not when a value resurrects the chest.
         self._finalizer = weakref.finalize(self, self._memory.finish)
+        enlist(self._memory)
         if data is not None:
             self.update(data)
 
@@ -188,22 +195,26 @@ class Chest(MutableMapping[K, V]):
             self._memory.delete(key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._rows
+        begun = self._memory.transactions
+        found = key in self._rows
+        return found if begun == self._memory.transactions else self._memory.has(key)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        begun = self._memory.transactions
+        size = len(self._rows)
+        return size if begun == self._memory.transactions else len(self._in_order())
 
     def __iter__(self) -> Iterator[K]:
-        return (key for key in list(self._in_order()) if key in self._rows)
+        return (key for key in self._in_order() if key in self)
 
     def __reversed__(self) -> Iterator[K]:
-        return (key for key in list(reversed(self._in_order())) if key in self._rows)
+        return (key for key in reversed(self._in_order()) if key in self)
 
-    def _in_order(self) -> dict[Any, int]:
+    def _in_order(self) -> list[K]:
         with self.lock:
             self._memory.begin()
             self._memory.ledger.sort()  # what others committed comes in another order
-            return self._memory.ledger.rows
+            return list(self._memory.ledger.rows)
 
     @property
     def _rows(self) -> dict[Any, int]:
@@ -240,21 +251,21 @@ class Chest(MutableMapping[K, V]):
         """
         with self.lock:
             self._memory.begin("pop a key")
-            for key in reversed(self._in_order()):
+            self._memory.ledger.sort()
+            for key in reversed(self._memory.ledger.rows):
                 return key, self.pop(key)
         raise KeyError("popitem(): the chest is empty")
 
     def setdefault(self, key: K, default: Any = None) -> Any:
         """Return the value of `key`, which becomes `default` if there is no such key."""
-        while True:
-            try:
-                return self[key]
-            except KeyError:
-                pass
+        try:
+            return self[key]
+        except KeyError:
             with self.lock:
-                if key not in self:
-                    self[key] = default
-                    return default
+                if key in self:
+                    return self[key]  # set meanwhile; or a hook raised KeyError, and does again
+                self[key] = default
+                return default
 
     def clear(self) -> None:
         """Remove every key, without reading a value."""
@@ -281,34 +292,53 @@ class Chest(MutableMapping[K, V]):
         if isinstance(other, Chest) and self._memory.stores_like(other._memory):
             link(self._memory, other._memory, overwrite)
         else:
-            for key, value in _pairs(other):
-                if overwrite or key not in self:
-                    self[key] = value
-        for name, value in more.items():
-            if overwrite or name not in self:
-                self[name] = value  # type: ignore[index]  # keywords make str keys, as in dict
+            self._set_all(_pairs(other), overwrite)
+        self._set_all(more.items(), overwrite)
+
+    def _set_all(self, pairs: Iterable[tuple[Any, Any]], overwrite: bool) -> None:
+        for key, value in pairs:
+            if overwrite:
+                self[key] = value
+            else:
+                self._set_if_new(key, value)
+
+    def _set_if_new(self, key: Any, value: Any) -> None:
+        with self.lock:
+            if key not in self:
+                self[key] = value
 
     def copy(self) -> Chest[K, V]:
         """Return a temporary chest with the same keys and values, and the same options."""
-        options = self._memory.options
-        new: Chest[K, V] = Chest(
-            available_memory=self.available_memory,
-            dump=self.dump,
-            load=self.load,
-            key_to_filename=options.namer,
-            on_miss=options.on_miss,
-            on_overflow=options.on_overflow,
-            open=self.open,
-            open_many=self.open_many,
-            mode=self.mode,
-            nbytes=options.nbytes,
-            writeback=options.writeback,
-            fsync=options.fsync,
-        )
+        new: Chest[K, V] = Chest(**self._arguments())
         new.update(self)
         return new
 
     __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chest[K, V]:
+        new: Chest[K, V] = Chest(**self._arguments())
+        memo[id(self)] = new
+        for key, value in self._stream(self):
+            new[deepcopy(key, memo)] = deepcopy(value, memo)
+        return new
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return what makes another chest like this one, elsewhere."""
+        options = self._memory.options
+        return {
+            "available_memory": self.available_memory,
+            "dump": self.dump,
+            "load": self.load,
+            "key_to_filename": options.namer,
+            "on_miss": options.on_miss,
+            "on_overflow": options.on_overflow,
+            "open": self.open,
+            "open_many": self.open_many,
+            "mode": self.mode,
+            "nbytes": options.nbytes,
+            "writeback": options.writeback,
+            "fsync": options.fsync,
+        }
 
     def __or__(self, other: Any) -> Chest[Any, Any]:
         if not isinstance(other, Mapping):
@@ -478,6 +508,55 @@ class Chest(MutableMapping[K, V]):
         """Commit deletions without writing values; what was spilled is committed already."""
         self._memory.commit_deletions()
 
+    def refresh(self) -> None:
+        """Take in what other processes committed.
+
+        Every operation does so by itself. This is for file systems of other machines, where the
+        news may come late.
+        """
+        self._memory.refresh()
+
+    @contextmanager
+    def transaction(self, timeout: float | None = None) -> Iterator[None]:
+        """Let a ``with`` block have the directory for itself: all that it does counts, or nothing.
+
+        What is not saved yet is committed first, and what others committed is taken in. No other
+        process or thread can write until the end of the block. Then its changes are committed
+        together; an exception takes them back, in memory too. A transaction inside another one is
+        part of it. What spills inside takes room on disk, so the work may be larger than memory.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait for others at most.
+
+        Raises
+        ------
+        TimeoutError
+            If others write, or are in a transaction, for longer.
+        UnsavedError
+            If a value cannot be written: at the start nothing is done, at the end all is taken
+            back.
+        OSError
+            If the disk refuses; all is taken back.
+
+        Notes
+        -----
+        Threads that use the chest meanwhile wait, so do not wait for them inside the block. With
+        ``writeback=True`` every list, dict and array in memory is compared with the disk at the
+        start and at the end.
+
+        Examples
+        --------
+        >>> c = Chest({'balance': 100})
+        >>> with c.transaction():
+        ...     c['balance'] -= 30
+        >>> c['balance']
+        70
+        """
+        with self._memory.transaction(timeout):
+            yield
+
     @property
     def closed(self) -> bool:
         """Whether the chest was closed or dropped."""
@@ -509,6 +588,17 @@ class Chest(MutableMapping[K, V]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __getstate__(self) -> tuple[str, dict[str, Any], bool, dict[str, Any]]:
+        path = self._memory.lend()
+        own = {k: v for k, v in self.__dict__.items() if k not in ("_memory", "_finalizer")}
+        return path, self._arguments(), self._memory.options.readonly, own
+
+    def __setstate__(self, state: tuple[str, dict[str, Any], bool, dict[str, Any]]) -> None:
+        path, arguments, readonly, own = state
+        demand(path)
+        Chest.__init__(self, path=path, readonly=readonly, **arguments)
+        self.__dict__.update(own)
 
     def __repr__(self) -> str:
         memory = self._memory

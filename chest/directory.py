@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from io import FileIO
 from itertools import count
 
 from chest.errors import CorruptIndexError
@@ -231,11 +232,8 @@ def _age(path: str) -> float:
 
 def sync_file(path: str) -> None:
     """Make sure that the content of a file survives a power cut."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with FileIO(path, "r+") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: str) -> None:

@@ -141,7 +141,8 @@ class Eviction:
         while self._heap:
             cohort, (self._floor, _) = self._heap.popitem()
             self._close(cohort)
-            for key in cohort.sizes.keys() & self.marks:
+            # Not an intersection of sets: that may go through the marks, to which hits add.
+            for key in [key for key in cohort.sizes if key in self.marks]:
                 size = self.discard(key)
                 self.enroll(key, size, cohort.uses + 1)
             if cohort.sizes:

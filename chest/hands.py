@@ -11,7 +11,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 THREADS = 32  # with a value in hand, before those that ended are looked for
@@ -23,12 +25,14 @@ class Hands:
 
     Notes
     -----
-    Everything but `try_hold` is called under the lock of the chest.
+    Everything but `swap` is called under the lock of the chest.
     """
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[Any, Any]] = {}
         self._left: dict[Any, Callable[[], Any]] = {}
+        self._pinned: dict[object, tuple[Any, Any]] = {}
+        self.owed: deque[tuple[Any, Any]] = deque()  # let go of by hits, not looked at yet
         self._limit = REFERENCES
 
     def hold(self, key: Hashable, value: Any) -> list[tuple[Any, Any]]:
@@ -44,39 +48,65 @@ class Hands:
         self._held[threading.get_ident()] = (key, value)
         if len(self._held) > THREADS:
             released += self._of_ended_threads()
-        return list(self._gone(released)) if self._left else []
+        return self.gone(*released) if self._left else []
 
     def empty(self) -> list[tuple[Any, Any]]:
         """Empty the hand of this thread; return as `hold` does."""
-        return list(self._gone([self._held.pop(threading.get_ident(), None)]))
+        return self.gone(self._held.pop(threading.get_ident(), None))
 
-    def try_hold(self, key: Hashable, value: Any) -> bool:
+    def swap(self, key: Hashable, value: Any) -> tuple[Any, Any] | None:
         """Put a resident value in the hand of this thread, without the lock.
 
         Returns
         -------
-        bool
-            False if what is in the hand has to be looked at before; nothing is done then.
+        (key, value) or None
+            What was in the hand before, if it is not resident: the caller owes it to `gone`.
         """
         me = threading.get_ident()
         hand = self._held.get(me)
-        if hand is not None and hand[0] in self._left:
-            return False
         self._held[me] = (key, value)
-        return True
+        # Only now: it may have left memory while it was still in the hand.
+        return hand if hand is not None and hand[0] in self._left else None
 
-    def leave(self, key: Hashable, value: Any) -> None:
-        """Remember that a value is not resident, as long as it is alive."""
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Keep what is in the hand of this thread there, whatever hooks take meanwhile."""
+        me = threading.get_ident()
+        hand = self._held.get(me)
+        if hand is None:
+            yield
+            return
+        pin = object()
+        self._pinned[pin] = hand
+        try:
+            yield
+        finally:
+            taken = self._held.get(me)
+            self._held[me] = hand
+            del self._pinned[pin]
+            if taken is not None and taken is not hand:
+                self.owed.append(taken)
+
+    def leave(self, key: Hashable, value: Any, *, soon: bool = False) -> None:
+        """Remember that a value is not resident, or not `soon`, as long as it is alive."""
         if type(value).__weakrefoffset__:
             self._left[key] = weakref.ref(value)
-        elif self._is_held(value):
+        elif soon or self._is_held(value):
             self._left[key] = lambda: value
+        else:
+            self._left.pop(key, None)
         if len(self._left) > self._limit:
             self._left = {key: left for key, left in self._left.items() if left() is not None}
             self._limit = max(REFERENCES, 2 * len(self._left))
 
     def _is_held(self, value: Any) -> bool:
-        return any(held is value for _, held in list(self._held.values()))
+        held = [*self._held.values(), *self._pinned.values(), *self.owed]
+        return any(some is value for _, some in held)
+
+    def of_others(self) -> list[tuple[Any, Any]]:
+        """Return what other threads have in hand, as pairs of key and value."""
+        me = threading.get_ident()
+        return [pair for ident, pair in list(self._held.items()) if ident != me]
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         """Return the value that left under `key`, `default` if there is none alive."""
@@ -96,21 +126,32 @@ class Hands:
 
     def open_ended(self) -> list[tuple[Any, Any]]:
         """Empty the hands of threads that ended; return as `hold` does."""
-        return list(self._gone(self._of_ended_threads()))
+        return self.gone(*self._of_ended_threads())
 
     def _of_ended_threads(self) -> list[tuple[Any, Any] | None]:
         return [self._held.pop(ident) for ident in self._held.keys() - sys._current_frames().keys()]
 
-    def _gone(self, released: list[tuple[Any, Any] | None]) -> Iterator[tuple[Any, Any]]:
+    def gone(self, *released: tuple[Any, Any] | None) -> list[tuple[Any, Any]]:
+        """Return those values that were let go of and are not resident."""
+        gone = []
         for key, value in filter(None, released):
             left = self._left.get(key)
             if left is None or left() is not value:
                 continue
-            if not isinstance(left, weakref.ref):
-                if self._is_held(value):
-                    continue
-                del self._left[key]
-            yield key, value
+            if isinstance(left, weakref.ref) or not self._is_held(value):
+                gone.append((key, value))
+        return gone
+
+    def settled(self, key: Hashable, value: Any) -> None:
+        """Let go of a value that was `gone`, and is as the disk holds it."""
+        left = self._left.get(key)
+        if left is not None and left() is value and not isinstance(left, weakref.ref):
+            del self._left[key]
+
+    def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
+        """Forget what is resident, or deleted, after all."""
+        left = self._left.items()
+        self._left = {key: value for key, value in left if key in rows and key not in inmem}
 
     def alive(self) -> list[tuple[Any, Any]]:
         """Return all that left and is alive, as pairs of key and value."""

@@ -19,10 +19,14 @@ with its process.
 from __future__ import annotations
 
 import errno
+import logging
+import math
 import mmap
 import os
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -37,11 +41,33 @@ HEAD = 16
 FRAME_HEAD = 8
 MOVED = 1 << 63
 POLL = 0.002  # seconds between two tries to lock
+PATIENCE = 60.0  # seconds of waiting for the lock after which, and every time, it is said
+NOBODY = (0, (0, 0))
+DROPPED = "the chest there was dropped"
 _LENGTH = (1 << 48) - 1
 
-_holders: dict[str, int] = {}  # which thread of this process holds the lock on which file
+logger = logging.getLogger("chest")
+
+# Which threads of this process hold, or wait for, the lock on which files (device, inode).
+_holders: set[tuple[int, tuple[int, int]]] = set()
+_open_files: weakref.WeakSet[FileIO] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """Close every file in a forked child: each would keep a lock of its parent alive."""
+    _holders.clear()
+    for file in list(_open_files):
+        file.close()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_holders.clear)
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def _open_file(path: str, mode: str) -> FileIO:
+    file = FileIO(path, mode)
+    _open_files.add(file)
+    return file
 
 
 def _checksum(length: int) -> int:
@@ -99,6 +125,10 @@ class Index:
         The word as of the last `refresh` or `acknowledge`.
     foreign : bool
         The file is not of this format: the index of an old chest, to be replaced.
+    publishing : int
+        The word that `publish` is about to store or has stored, until `acknowledge`; else -1.
+    abandoned : bool
+        This is a child that was forked in the midst of something: the index is its parent's.
 
     Raises
     ------
@@ -113,43 +143,86 @@ class Index:
         self._readonly = readonly
         self._fsync = fsync
         self._depth = 0
+        self._entry = NOBODY
+        self.publishing = -1
+        self.abandoned = False
         self._open()
 
     def _open(self) -> None:
-        self._adopt(FileIO(self.path, "rb" if self._readonly else "r+b"))
+        self._adopt(_open_file(self.path, "rb" if self._readonly else "r+b"))
 
     def _adopt(self, file: FileIO) -> None:
-        start = file.read(HEAD)
-        self.foreign = not start.startswith(MAGIC[:6])
-        if not self.foreign and (len(start) < HEAD or not start.startswith(MAGIC)):
-            reason = f"its first bytes are {start!r}: cut short, or of a newer version of chest"
+        try:
+            foreign = self._is_foreign(file)
+            mapped = None if foreign else self._map_head(file)
+            status = os.fstat(file.fileno())
+            identity = status.st_dev, status.st_ino
+        except BaseException:
             file.close()
-            raise CorruptIndexError(self.path, reason)
-        if self.foreign:
-            head = memoryview(bytearray(HEAD))
-        else:
-            access = mmap.ACCESS_READ if self._readonly else mmap.ACCESS_WRITE
-            try:
-                head = memoryview(mmap.mmap(file.fileno(), HEAD, access=access))
-            except BaseException:
-                file.close()
-                raise
+            raise
+        head = memoryview(mapped or bytearray(HEAD)).cast("Q")
+        # No call from here on: an interrupt finds the old file or the new one.
         # The old map is let go of, never closed: another thread may be looking at it.
-        self.head = head.cast("Q")
+        self._map = mapped
+        self.head = head
         self._file = file
+        self._identity = identity
+        self.foreign = foreign
         self._read_to = HEAD
-        self._written_to = HEAD
-        self._frames = self._appended = 0
+        self._frames = 0
+        self._ends: list[int] = []  # of the frames appended since
         self._fresh = True
-        self.seen = -1 if self.foreign else 0  # nobody tells when an old index is replaced: look
+        self.seen = -1 if foreign else 0  # nobody tells when an old index is replaced: look
+
+    def _is_foreign(self, file: FileIO) -> bool:
+        start = file.read(HEAD)
+        if not start.startswith(MAGIC[:6]):
+            return True
+        if len(start) < HEAD or not start.startswith(MAGIC):
+            reason = f"its first bytes are {start!r}: cut short, or of a newer version of chest"
+            raise CorruptIndexError(self.path, reason)
+        return False
+
+    def _reopen(self) -> None:
+        old = self._file
+        try:
+            self._open()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, DROPPED, self.path) from error
+        old.close()
+
+    def _map_head(self, file: FileIO) -> mmap.mmap:
+        access = mmap.ACCESS_READ if self._readonly else mmap.ACCESS_WRITE
+        try:
+            return mmap.mmap(file.fileno(), HEAD, access=access)
+        except OSError as error:
+            message = f"{error.strerror}: a chest needs a file system with shared memory maps"
+            raise OSError(error.errno, message, self.path) from error
 
     def close(self) -> None:
         """Close the file; the map goes when nobody looks at it any more."""
+        if not self._file.closed and not self._readonly:
+            unlock_descriptor(self._file.fileno())  # the map may keep what an interrupt left locked
         self._file.close()
+        _holders.discard(self._entry)
         self.head = memoryview(bytes(HEAD)).cast("Q")
+        self._map = None
 
-    def refresh(self) -> tuple[bool, list[bytes]]:
+    def abandon(self) -> None:
+        """Close file and map in a forked child: each would keep a lock of its parent alive."""
+        self.abandoned = True
+        self._file.close()
+        if self._map is not None:
+            self.head.release()
+            self._map.close()  # nobody looks at it: a child begins with one thread
+
+    def refresh(self, *, look: bool = False) -> tuple[bool, list[bytes]]:
         """Return what was committed since the last call.
+
+        Parameters
+        ----------
+        look : bool
+            Look at the directory for a new file, too, and not only where the head tells of one.
 
         Returns
         -------
@@ -162,17 +235,25 @@ class Index:
         CorruptIndexError
             If the committed part is not what was written.
         """
-        if (self.foreign or _native(self.head[1]) & MOVED) and not self._is_current():
-            self._file.close()
-            self._open()
+        moved = _native(self.head[1]) & MOVED
+        if (look or self.foreign or moved) and self._is_replaced():
+            try:
+                self._reopen()
+            except FileNotFoundError:
+                moved = MOVED
+        if moved and not os.path.lexists(self.path):  # dropped; a new one may come to be there
+            self._fresh, self.seen = True, _native(self.head[1] & ~_native(MOVED))
+            return True, []
         if self.foreign:
             anew, self._fresh = self._fresh, False
             return anew, []
         word = _native(self.head[1])
         end = self._decode(word)
-        payloads = self._read(end)
+        if self._fresh:
+            self._frames = 0
+        payloads = self._read(HEAD if self._fresh else self._read_to, end)
         anew, self._fresh = self._fresh, False
-        self._read_to = self._written_to = end
+        self._read_to, self._ends = end, []
         self._frames += len(payloads)
         # Without MOVED: as long as it is set, every look finds a difference and comes here.
         self.seen = _native(word & ~MOVED)
@@ -184,14 +265,14 @@ class Index:
             raise self._damage("the committed length in its head fails its checksum")
         return length
 
-    def _read(self, end: int) -> list[bytes]:
-        data = self._bytes(self._read_to, end)
+    def _read(self, start: int, end: int) -> list[bytes]:
+        data = self._bytes(start, end)
         payloads, reached = [], 0
         for reached, payload in split_frames(data):  # noqa: B007 -- used after the loop
             payloads.append(payload)
-        if reached != end - self._read_to:
+        if reached != end - start:
             self._frames += len(payloads)
-            raise self._damage(f"the frame at byte {self._read_to + reached} is not as written")
+            raise self._damage(f"the frame at byte {start + reached} is not as written")
         return payloads
 
     def _bytes(self, start: int, end: int | None) -> bytes:
@@ -207,54 +288,121 @@ class Index:
     def _damage(self, reason: str) -> CorruptIndexError:
         return CorruptIndexError(self.path, reason, self._frames)
 
+    def _is_replaced(self) -> bool:
+        """Tell whether the path leads to another file; False if to none, for the chest is gone."""
+        try:
+            return not self._is_current()
+        except FileNotFoundError:
+            return False
+
     def _is_current(self) -> bool:
-        return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, DROPPED, self.path) from error
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, timeout: float | None = None) -> Iterator[None]:
         """Hold the lock on the file that `path` names; may be nested.
+
+        Parameters
+        ----------
+        timeout : float or None
+            Seconds to wait for it at most.
 
         Raises
         ------
+        TimeoutError
+            If another process holds it for longer.
+        FileNotFoundError
+            If the file is gone.
         OSError
-            With EDEADLK if another index of this thread holds it: to wait would be for ever.
+            If the file system has no locks; with EDEADLK if another index of this thread holds
+            it: to wait would be for ever.
         """
-        if self._depth == 0:
-            self._lock()
-        self._depth += 1
+        depth = self._depth
         try:
+            self._depth = depth + 1
+            if depth == 0:
+                self._lock(timeout)
             yield
         finally:
-            self._depth -= 1
-            if self._depth == 0:
-                _holders.pop(self.path, None)
-                unlock_descriptor(self._file.fileno())
+            self._depth = depth
+            if depth == 0:
+                try:
+                    self._unlock()
+                except BaseException:  # an interrupt: nobody else could write for ever
+                    self._unlock()
+                    raise
 
     def held_here(self) -> bool:
-        """Tell whether this thread holds the lock, with this or another index."""
-        return _holders.get(self.path) == threading.get_ident()
+        """Tell whether this thread holds the lock, or waits for it, with this or another index."""
+        return (threading.get_ident(), self._identity) in _holders
 
-    def _lock(self) -> None:
+    @property
+    def is_locked(self) -> bool:
+        """Whether this index holds the lock."""
+        return self._depth > 0
+
+    def _lock(self, timeout: float | None) -> None:
         if self.held_here():
             message = "another chest of this thread is committing there"
             raise OSError(errno.EDEADLK, message, self.path)
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
         while True:
-            lock_descriptor(self._file.fileno(), poll_interval=POLL)
-            if self._is_current():
+            self._enter_holders()
+            if self._wait_for_lock(deadline) and self._is_current():
                 break
             unlock_descriptor(self._file.fileno())
-            self._file.close()
-            self._open()
-        _holders[self.path] = threading.get_ident()
+            self._reopen()
         word = _native(self.head[1])
         if word & MOVED and not self.foreign:  # whoever set it died before the replacement
             self.head[1] = _native(word & ~MOVED)
 
+    def _enter_holders(self) -> None:
+        """Enter this thread, before it has the lock: a finalizer may run at any moment."""
+        _holders.discard(self._entry)
+        self._entry = threading.get_ident(), self._identity
+        _holders.add(self._entry)
+
+    def _wait_for_lock(self, deadline: float) -> bool:
+        """Wait for the lock; return False at once if the path leads to another file by now."""
+        started = said = time.monotonic()
+        while not self._try_lock():
+            if self._is_replaced():
+                return False
+            now = time.monotonic()
+            if now >= deadline:
+                message = "another process or thread is writing there, and did not end in time"
+                raise TimeoutError(errno.ETIMEDOUT, message, self.path)
+            if now - said >= PATIENCE:
+                said = now
+                message = "waiting for %.0f seconds for another process to end its commit at %s"
+                logger.warning(message, now - started, self.path)
+            time.sleep(min(POLL, deadline - now))
+        return True
+
+    def _try_lock(self) -> bool:
+        try:
+            return bool(lock_descriptor(self._file.fileno(), blocking=False))
+        except OSError as error:
+            message = f"{error.strerror}: to write, a chest needs a file system that locks files"
+            raise OSError(error.errno, message, self.path) from error
+
+    def release(self) -> None:
+        """Let go of the lock, however often it was taken."""
+        self._depth = 0
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if not self._file.closed:
+            unlock_descriptor(self._file.fileno())
+        _holders.discard(self._entry)
+        self._entry = NOBODY
+
     def rewind(self) -> None:
         """Make the next `refresh` read everything again."""
         self._fresh = True
-        self._read_to = HEAD
-        self._frames = 0
         self.seen = -1
 
     def overhangs(self) -> bool:
@@ -265,28 +413,40 @@ class Index:
         """Return the payloads beyond the committed length; needs the lock."""
         return [payload for _, payload in split_frames(self._bytes(self._read_to, None))]
 
-    def cut(self) -> None:
-        """Remove what lies beyond the committed length; needs the lock."""
-        self._file.truncate(self._read_to)
-        self._written_to = self._read_to
-        self._appended = 0
+    def cut(self, frames: int = 0) -> None:
+        """Remove what lies beyond the committed length and `frames` more; needs the lock."""
+        del self._ends[frames:]
+        self._file.truncate(self._written_to)
+
+    def leave(self) -> None:
+        """Leave what was appended to the next writer, to sweep what it names; needs the lock."""
+        self._ends = []
 
     def append(self, payload: bytes) -> None:
         """Write a frame beyond the committed length; needs the lock and a `refresh` under it."""
         data = memoryview(frame(payload))
         self._file.seek(self._written_to)
-        self._written_to += len(data)
+        self._ends.append(self._written_to + len(data))
         while data:
             data = data[self._file.write(data) :]
-        self._appended += 1
 
     def publish(self) -> None:
         """Commit the frames appended since the last time; needs the lock."""
         if self._fsync:
             os.fsync(self._file.fileno())
-        self.head[1] = _native(encode_length(self._written_to))
+        self.publishing = _native(encode_length(self._written_to))
+        self.head[1] = self.publishing
         if self._fsync:
             os.fsync(self._file.fileno())
+
+    @property
+    def appended(self) -> int:
+        """How many frames lie beyond the committed length that this index wrote."""
+        return len(self._ends)
+
+    @property
+    def _written_to(self) -> int:
+        return self._ends[-1] if self._ends else self._read_to
 
     @property
     def published(self) -> bool:
@@ -297,8 +457,8 @@ class Index:
         """Take what was published as seen; without this, `refresh` returns it."""
         self.seen = self.head[1]
         self._read_to = self._written_to
-        self._frames += self._appended
-        self._appended = 0
+        self._frames += len(self._ends)
+        self._ends = []
 
     def replace(self, payloads: list[bytes], scratch: str) -> None:
         """Make the log consist of `payloads` alone; needs the lock, which goes with it.
@@ -317,21 +477,31 @@ class Index:
         new = None
         try:
             write_log(scratch, payloads, fsync=self._fsync)
-            new = FileIO(scratch, "r+b")
+            new = _open_file(scratch, "r+b")
             lock_descriptor(new.fileno(), poll_interval=POLL)
+            self.publishing = _native(_native(self.head[1]) | MOVED)
             self._set_moved(True)
             os.replace(scratch, self.path)
         except BaseException:
-            if self._is_current():  # an interrupt may come after the replacement
+            self.publishing = -1
+            if not self._is_replaced():  # an interrupt may come after the replacement
                 self._set_moved(False)
             if new is not None:
+                unlock_descriptor(new.fileno())
                 new.close()
             with suppress(FileNotFoundError):
                 os.unlink(scratch)
             raise
         old = self._file
         self._adopt(new)
+        self._enter_holders()
+        unlock_descriptor(old.fileno())  # a child may have been forked, and have it open
         old.close()
+
+    def remove(self) -> None:
+        """Remove the file; needs the lock. Others go on to the next one that gets its name."""
+        self._set_moved(True)
+        os.unlink(self.path)
 
     def _set_moved(self, moved: bool) -> None:
         if not self.foreign:

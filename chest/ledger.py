@@ -50,6 +50,9 @@ class Ledger:
         The lower-case forms of the names in use that have capital letters, folders among them.
     unreadable : dict of bytes to int
         Keys that cannot be read here, as they were pickled, with their rows.
+    changed : dict
+        Keys that others replaced or deleted, with the digests of the values they had here; for
+        the user of the ledger to act on, and to take out.
     """
 
     def __init__(self, trusted: bool) -> None:
@@ -60,6 +63,7 @@ class Ledger:
         self.obsolete: list[Entry] = []
         self.folded: set[str] = set()
         self.unreadable: dict[bytes, int] = {}
+        self.changed: dict[Any, int] = {}
         self._files: list[str] = []
         self._places = array("Q")
         self._lengths = array("Q")
@@ -82,19 +86,32 @@ class Ledger:
     def delete(self, key: Hashable) -> None:
         """Delete `key`; the next commit will say so."""
         row = self.rows[key]  # asks for the hash even where there is no key: see dict.__delitem__
-        del self.rows[key]
-        self._new.pop(key, None)
         if row != UNSAVED:
             self._deleted[key] = row
+        del self.rows[key]
+        self._new.pop(key, None)
 
     def clear(self) -> None:
         """Delete every key; the next commit will say so in one word."""
         if self._cleared is None:
-            self._cleared = self.rows
+            cleared, deleted = self.rows, self._deleted
         else:
-            self._delete_all(self.rows)
-        self.rows = {}
-        self._new = {}
+            cleared, deleted = self._cleared, self._deleted | dict(self.stored())
+        # No call from here on: an interrupt finds all of it or nothing.
+        self._cleared, self._deleted, self.rows, self._new = cleared, deleted, {}, {}
+
+    def mend(self) -> None:
+        """Put right what an interrupt left half done: a key is what `rows` says."""
+        if self._cleared is self.rows:
+            self._cleared = None
+        stored = dict(self.stored())
+        self._deleted = {key: row for key, row in self._deleted.items() if key not in stored}
+        unsaved = [key for key, row in self.rows.items() if row == UNSAVED]
+        for key in unsaved:
+            if key not in self._new:
+                self._new[key] = self._next_serial
+                self._next_serial += 1
+        self._new = {key: self._new[key] for key in unsaved}
 
     def _delete_all(self, rows: dict[Any, int]) -> None:
         self._deleted.update((key, row) for key, row in rows.items() if row != UNSAVED)
@@ -110,8 +127,9 @@ class Ledger:
         return Entry(self._files[row], self._places[row], self._lengths[row], self._digests[row])
 
     def digest(self, key: Hashable) -> int:
-        """Return the digest of the stored value of `key`."""
-        return self._digests[self.rows[key]]
+        """Return the digest of the stored value of `key`, -1 if no commit holds one."""
+        row = self.rows[key]
+        return -1 if row == UNSAVED else self._digests[row]
 
     def stored(self) -> Iterator[tuple[Any, int]]:
         """Yield the keys that a commit holds, with their rows."""
@@ -125,15 +143,20 @@ class Ledger:
 
     # -- commits ---------------------------------------------------------------------------------
 
-    def encode(self, puts: dict[Any, Entry], serializer: tuple[str, bool | None]) -> list[bytes]:
-        """Return the payloads that record `puts` and every deletion that is pending."""
+    def encode(
+        self, puts: dict[Any, Entry], serializer: tuple[str, bool | None], *, first: bool = True
+    ) -> list[bytes]:
+        """Return the payloads that record `puts` and every deletion that is pending.
+
+        With ``first=False`` they go on with the commit that earlier payloads began.
+        """
         items = ((key, self._serial(key), entry) for key, entry in puts.items())
         start = encode(
             list(islice(items, FRAME_KEYS)),
-            first=True,
+            first=first,
             cleared=self._cleared is not None,
             serializer=serializer,
-            left=self.obsolete,
+            left=self.obsolete if first else (),
             deleted=self._deleted,
         )
         return [start, *_encode_rest(items)]
@@ -146,6 +169,12 @@ class Ledger:
         """Return the keys that are stored as of the last commit, with their rows."""
         rows = {**(self._cleared or {}), **self._deleted, **dict(self.stored())}
         return {key: row for key, row in rows.items() if row != UNSAVED}
+
+    def revert(self) -> None:
+        """Forget what is pending: keys that were added go, those that were deleted are back."""
+        self.rows = self.committed_rows()
+        self._new, self._deleted, self._cleared = {}, {}, None
+        self._in_order = False
 
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
@@ -187,14 +216,8 @@ class Ledger:
         self.rows.update(zip(entries, range(base, base + len(entries)), strict=True))
         self._next_serial = len(entries)
 
-    def apply(self, payload: bytes) -> dict[Any, int]:
-        """Take in what another handle committed.
-
-        Returns
-        -------
-        dict
-            The keys that were stored here and are now replaced or deleted, with the digests of
-            the values they had. What is pending here stays so.
+    def apply(self, payload: bytes) -> None:
+        """Take in what another handle committed, and add to `changed`; what is pending stays so.
 
         Raises
         ------
@@ -205,7 +228,8 @@ class Ledger:
         self._apply_head(frame)
         if frame.first:  # what earlier commits deleted, too, may come back as a new key
             self._deleted = {key: row for key, row in self._deleted.items() if row != UNSAVED}
-        changed = self._apply_clear() if frame.cleared else {}
+        if frame.cleared:
+            self._apply_clear()
         if self._cleared is not None:  # from here on "everything" would be too much
             self._delete_all(self._cleared)
             self._cleared = None
@@ -214,17 +238,22 @@ class Ledger:
             if key in self._deleted:  # stays deleted, whatever becomes of it there
                 self._retire(self._deleted[key])
                 self._deleted[key] = UNSAVED
-            if self.rows.get(key, UNSAVED) != UNSAVED:
-                changed[key] = self.rows.pop(key)
-                self._retire(changed[key])
+            row = self.rows.get(key, UNSAVED)
+            if row != UNSAVED:
+                self._tell([(key, row)])
+                del self.rows[key]
+                self._retire(row)
         for data in unread:
             self._retire(self.unreadable.pop(data, UNSAVED))
         self.records += len(deleted)
         for block in frame.blocks:
-            for key, row in self._put(block).items():
-                if row != UNSAVED:
-                    changed.setdefault(key, row)
-        return {key: self._digests[row] for key, row in changed.items()}
+            self._put(block)
+
+    def _tell(self, rows: Iterable[tuple[Any, int]]) -> None:
+        """Note that keys are about to be replaced or deleted, before an interrupt can come."""
+        for key, row in rows:
+            if row != UNSAVED:
+                self.changed.setdefault(key, self._digests[row])
 
     def _apply_head(self, frame: Frame) -> None:
         if frame.first:
@@ -233,9 +262,9 @@ class Ledger:
             name, text = frame.serializer
             self.serializers[name] = text
 
-    def _apply_clear(self) -> dict[Any, int]:
-        changed = dict(self.stored())
-        gone = [*changed.values(), *self._deleted.values(), *self.unreadable.values()]
+    def _apply_clear(self) -> None:
+        self._tell(self.stored())
+        gone = [*dict(self.stored()).values(), *self._deleted.values(), *self.unreadable.values()]
         gone += (self._cleared or {}).values()
         for row in gone:
             self._retire(row)
@@ -243,21 +272,18 @@ class Ledger:
         self._deleted = dict.fromkeys(self._deleted, UNSAVED)
         self._cleared, self.unreadable = None, {}
         self.rows = dict.fromkeys(self._new, UNSAVED)
-        return changed
 
-    def inherit(self, old: Ledger) -> dict[Any, int]:
+    def inherit(self, old: Ledger) -> None:
         """Take over what is pending in `old`, which knew the same chest from an older index.
 
-        Returns
-        -------
-        dict
-            As `apply` does.
+        `changed` becomes what differs from what was known there.
         """
-        changed = {}
+        changed = {**old.changed}
         for key, row in old.stored():
             mine = self.rows.get(key, UNSAVED)
             if mine == UNSAVED or self.entry(mine) != old.entry(row):
-                changed[key] = old.entry(row).digest
+                changed.setdefault(key, old.entry(row).digest)
+        self.changed = changed
         old._delete_all(old._cleared or {})
         for key, row in old._deleted.items():
             if row != UNSAVED and key in self.rows:
@@ -269,7 +295,6 @@ class Ledger:
                 self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
         self.sort()
-        return changed
 
     def _retire(self, row: int) -> None:
         if row != UNSAVED:
@@ -277,8 +302,8 @@ class Ledger:
             self.obsolete.append(entry)
             self.folded.discard(entry.file.lower())
 
-    def _put(self, block: Block) -> dict[Any, int]:
-        """Add the rows of a block; return the keys that were there before, with their old rows."""
+    def _put(self, block: Block) -> None:
+        """Add the rows of a block."""
         base = len(self._files)
         self._note_order(block.serials)
         self._note_capitals(block.files)
@@ -290,24 +315,24 @@ class Ledger:
         self.records += len(block.files)
         keys, rows = self._block_keys(block, base)
         again = {key for key in self._deleted if key in self.rows}  # and then set here
-        replaced = self._replace(keys, rows)
+        self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():
             self._retire(self._deleted.pop(key))
             if key not in again:  # deleted here: stays so
                 self._deleted[key] = self.rows.pop(key)
-        return replaced
 
-    def _replace(self, keys: list[Hashable], rows: Iterable[int]) -> dict[Any, int]:
-        """Let keys lead to new rows; return those that were there before, with their old rows."""
+    def _replace(self, keys: list[Hashable], rows: Iterable[int], *, tell: bool = False) -> None:
+        """Let keys lead to new rows; with `tell`, note what was there before as changed."""
         replaced: dict[Any, int] = {}
         if not self.rows.keys().isdisjoint(keys):
             replaced = {key: self.rows[key] for key in keys if key in self.rows}
+        if tell:
+            self._tell(replaced.items())
         self.rows.update(zip(keys, rows, strict=True))
         for key, row in replaced.items():
             self._new.pop(key, None)
             if row != UNSAVED and self._files[row] != self._files[self.rows[key]]:
                 self._retire(row)
-        return replaced
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Iterable[int]]:
         plain, pickled = block.keys

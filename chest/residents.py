@@ -12,12 +12,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import sys
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
-from typing import Any, NoReturn
+from collections.abc import Callable, Hashable
+from itertools import count
+from typing import Any, NoReturn, Self
 
 from chest.columns import Entry, is_plain
 from chest.errors import (
@@ -39,9 +41,16 @@ logger = logging.getLogger("chest")
 
 PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of these can be"
 TEMPORARY_BYTES = 4096  # about what a directory with an empty index takes
+NEVER = -1  # what the head never holds: every operation finds a difference, and catches up
+TRIES = 3  # times that a value is read which others replace in the meantime
+LOST = 1.0  # seconds between two looks at a load that another thread began
 TOUCHES = 64  # how often a value is handed out between two looks at its size
 
 MISSING: Any = object()
+
+_ANYWHERE = (MemoryError, RecursionError)  # exceptions that can come at any instruction
+
+_left_to_parent: list[Any] = []
 
 
 class Closed:
@@ -76,50 +85,124 @@ class Residents(ABC):
     """
 
     def __init__(self, options: Options, serializer: Serializer, available: float) -> None:
-        self.lock = threading.RLock()
         self.options = options
         self.serializer = serializer
         self.available = available
-        self.inmem: dict[Any, Any] = {}
-        self.fixed: dict[Any, Any] = {}  # of these the values that cannot change
-        self._touched: dict[Any, tuple[int, int]] = {}  # of the others
-        self._as_loaded: dict[Any, int | None] = {}
-        self.dirty: dict[Any, None] = {}
-        self.eviction = Eviction(self.available)
-        self.mark = self.eviction.marks.add
-        self.head: Any = (0, 0)
-        self.seen = 0
-        self.readonly = options.readonly
         self.closed = False
         self.path = options.path
-        self.ledger = Ledger(serializer.trusts_pickle)
-        self._store: Store | None = None
-        self._pid = os.getpid()
-        self._hands = Hands()
-        self._loading: dict[Any, int] = {}
-        self._loaded = threading.Condition(self.lock)
+        self._owner: int | None = None  # the process that made the temporary directory
+        self._lent = False  # other processes may use that directory
         self._reported: set[Any] = set()
+        self._make_lock()
+        self._start()
         if self.path is not None:
             self._open_store(self.path)
+
+    def _make_lock(self) -> None:
+        self.lock = threading.RLock()
+        self._loading: dict[Any, int] = {}  # by key: the thread that reads its value
+        self._loaded = threading.Condition(self.lock)
+
+    def _start(self) -> None:
+        """Hold nothing in memory, and know nothing of the directory yet."""
+        self.readonly = self.options.readonly
+        self._torn = False  # by an interrupt in the midst of an operation
+        self.in_transaction = False
+        self.transactions = 0  # begun so far: who looks without the lock looks again if one began
+        self._inside: set[Any] = set()  # keys whose values a transaction may have changed
+        self.ledger = Ledger(self.serializer.trusts_pickle)
+        self._store: Store | None = None
+        self._empty()
+        self.head: Any = (0, 0)
+        self.seen = 0 if self.path is None else NEVER
+
+    def _empty(self) -> None:
+        self._fixed: dict[Any, Any] = {}  # of `inmem`, the values that cannot change
+        self.fixed = {} if self.in_transaction else self._fixed  # what hits look at
+        self._fresh: dict[Any, Any] = {}  # those that a transaction set
+        self.inmem: dict[Any, Any] = {}
+        self._loose: dict[Any, None] = {}  # the keys of the others
+        self._touched: dict[Any, tuple[int, int]] = {}
+        self._as_loaded: dict[Any, int | None] = {}
+        self.dirty: dict[Any, None] = {}
+        self._hands = Hands()
+        self.eviction = Eviction(self.available)
+        self.mark = self.eviction.marks.add
+
+    def __enter__(self) -> Self:
+        """Begin what has to be mended if it is interrupted; under the lock."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and (not issubclass(kind, Exception) or issubclass(kind, _ANYWHERE)):
+            self._torn = True
+            self.seen = NEVER
+
+    def _mend(self) -> None:
+        """Put right what an interrupt left half done.
+
+        What `inmem`, `dirty` and the ledger say counts, and each of them is changed in one step;
+        all else follows from them.
+        """
+        if self._store is not None and not self.in_transaction:
+            self._store.index.release()
+        self.ledger.mend()
+        rows = self.ledger.rows
+        self.inmem = {key: value for key, value in self.inmem.items() if key in rows}
+        for key in [key for key, row in rows.items() if row == UNSAVED]:
+            if key not in self.inmem:
+                self.ledger.delete(key)
+            self.dirty[key] = None
+        self.dirty = {key: None for key in self.dirty if key in self.inmem}
+        self._as_loaded = {key: d for key, d in self._as_loaded.items() if key in rows}
+        self._hands.mend(rows, self.inmem)
+        me = threading.get_ident()
+        self._loading = {key: thread for key, thread in self._loading.items() if thread != me}
+        self._touched, self._fixed, self._fresh, self._loose = {}, {}, {}, {}
+        self.eviction = Eviction(self.available)
+        self.mark = self.eviction.marks.add
+        for key, value in self.inmem.items():
+            self._enter(key, value, self.measure(value), 1)
+        self.fixed = {} if self.in_transaction else self._fixed
+        self._torn = False
+
+    def start_anew(self) -> None:
+        """Become a new handle on the directory: in a forked child, where all is the parent's."""
+        if self.closed:
+            return
+        if self._store is not None:
+            self._store.index.abandon()
+        # Kept: to free what is shared with the parent would copy it, page by page.
+        _left_to_parent.append((self.inmem, self.eviction, self._hands, self.ledger, self._store))
+        self._make_lock()
+        self._start()
 
     @property
     def store(self) -> Store:
         """What is on disk; a temporary directory is made now."""
-        return self._store or self._open_temporary()
+        return self._store or self._open()
 
-    def _open_temporary(self) -> Store:
+    def _open(self) -> Store:
         if self.closed:
             raise ChestClosedError(self.path)
+        if self.path is not None:
+            return self._open_store(self.path, reopen=True)
         path = tempfile.mkdtemp(".chest")
         try:
-            return self._open_store(path)
+            store = self._open_store(path)
+            self._owner = os.getpid()
         except OSError as error:
             message = told(error, path, TEMPORARY_BYTES)
-            os.rmdir(path)
+            shutil.rmtree(path, ignore_errors=True)
             raise message from error
+        except BaseException:
+            self.path, self._store = None, None
+            shutil.rmtree(path)
+            raise
+        return store
 
-    def _open_store(self, path: str) -> Store:
-        store = Store(path, self.serializer, self.options)
+    def _open_store(self, path: str, *, reopen: bool = False) -> Store:
+        store = Store(path, self.serializer, self.options, reopen=reopen)
         store.ledger.inherit(self.ledger)
         self.path, self._store, self.readonly = path, store, store.readonly
         self._look(store)
@@ -128,32 +211,58 @@ class Residents(ABC):
     # -- other handles ---------------------------------------------------------------------------
 
     def catch_up(self) -> None:
-        """Take in what another handle on the directory committed."""
-        with self.lock:
-            if self.head[1] != self.seen:
-                self._absorb(self.store.catch_up())
+        """Take in what another handle on the directory committed.
+
+        While a thread is in a transaction, every operation comes here, and the others wait. So it
+        does after an interrupt.
+        """
+        if self._is_publishing():
+            return
+        with self.lock, self:
+            if self._torn:
+                self._mend()
+            if self.head[1] != self.seen and not self.in_transaction:
+                self.store.catch_up()
+                self._absorb()
+
+    def _is_publishing(self) -> bool:
+        """Tell whether the news are this very handle's, whose commit is not through yet."""
+        store = self._store
+        quiet = store is not None and not self.in_transaction and not self._torn
+        return quiet and self.head[1] == store.index.publishing  # type: ignore[union-attr]
+
+    def refresh(self) -> None:
+        """Take in what others committed, also where the system tells late of it."""
+        with self.lock, self:
+            if self.closed:
+                raise ChestClosedError(self.path)
+            if self.path is not None and not self.in_transaction:
+                self.store.catch_up(look=True)
+                self._absorb()
 
     def _look(self, store: Store) -> None:
         """Take over what `store` has new."""
         self.ledger = store.ledger
-        self.head, self.seen = store.index.head, store.index.seen
+        self.head = store.index.head
+        self.seen = NEVER if self.in_transaction or self._torn else store.index.seen
+        store.index.publishing = -1
 
-    def _absorb(self, changed: dict[Any, int]) -> None:
+    def _absorb(self) -> None:
         """Bring memory in line with keys that others replaced or deleted."""
         self._look(self.store)
-        for key, digest in changed.items():
+        changed = self.ledger.changed
+        while changed:
+            key, digest = next(iter(changed.items()))
             value = self.in_memory(key)
-            if key in self.dirty:
-                keep = True
-            elif value is MISSING or not self._differs(key, value, digest):
-                keep = False
-            else:
-                keep = True
-                self._revive(key, value)
-            if keep and key not in self.ledger.rows:
-                self.ledger.add(key)
-            if not keep:
-                self._forget(key)
+            keep = key in self.dirty or (value is not MISSING and self._differs(key, value, digest))
+            if self.in_memory(key) is value:  # else what pickled it replaced it
+                if keep and key not in self.ledger.rows:
+                    self.ledger.add(key)
+                if keep:
+                    self._revive(key, value)
+                else:
+                    self._forget(key)
+            changed.pop(key, None)
 
     # -- values that come ------------------------------------------------------------------------
 
@@ -167,6 +276,8 @@ class Residents(ABC):
         """
         if self.head[1] != self.seen:
             self.catch_up()
+        if self._hands.owed:
+            self._settle_owed()
         if self.readonly and action is not None:
             raise ReadOnlyError(str(self.path), action)
 
@@ -177,9 +288,11 @@ class Residents(ABC):
             self.ledger.add(key)
         elif type(key) is not str:
             self._check_key(key)
+        self._note(key)
         uses = self.eviction.uses(key)
+        self._fixed.pop(key, None)  # so that hits of others come to `get`
         self.dirty[key] = None
-        self._leave(key)
+        self._discard(key)
         self._enter(key, value, size, max(uses, 1))
         if changeable(value):
             self._hold(key, value)
@@ -192,19 +305,28 @@ class Residents(ABC):
 
     def _enter(self, key: Hashable, value: Any, size: int, uses: int) -> None:
         """Make a value resident."""
-        self._hands.forget(key)
         self.inmem[key] = value
-        if not changeable(value):
-            self.fixed[key] = value
+        self._hands.forget(key)
+        if changeable(value):
+            self._loose[key] = None
+        elif self.in_transaction:
+            self._fresh[key] = value  # a hit that began before may be looking at `_fixed`
+        else:
+            self._fixed[key] = value
         self.eviction.enroll(key, size, uses)
 
-    def _leave(self, key: Hashable) -> Any:
-        """Let go of a value, if it is resident, and return it."""
-        self.fixed.pop(key, None)
+    def _discard(self, key: Hashable) -> None:
+        """Take a value out of all that goes with `inmem`."""
+        self._fixed.pop(key, None)
+        self._fresh.pop(key, None)
+        self._loose.pop(key, None)
         self._touched.pop(key, None)
-        value = self.inmem.pop(key, MISSING)
         self.eviction.discard(key)
-        return value
+
+    def _leave(self, key: Hashable) -> None:
+        """Let go of a value, if it is resident."""
+        self._discard(key)
+        self.inmem.pop(key, None)
 
     def get(self, key: Hashable) -> Any:
         """Return the value of a key; where it is resident, without a lock."""
@@ -217,29 +339,44 @@ class Residents(ABC):
             self._measure_again(key, value)
         else:
             self._touched[key] = (size, touches + 1)
-        if not self._hands.try_hold(key, value):
-            with self.lock:
-                self._hold(key, value)
-        # Another thread may have spilled it before it was in the hand.
-        return value if self.inmem.get(key, MISSING) is value else self.fetch(key)
+        released = self._hands.swap(key, value)
+        if released is not None:
+            self._hands.owed.append(released)
+            self._if_free(self._settle_owed)
+        # Another thread may have begun a transaction, or deleted it, or spilled it before it was in
+        # the hand.
+        same = self.inmem.get(key, MISSING) is value and key in self.ledger.rows
+        return value if same and not self.in_transaction else self.fetch(key)
 
     def _measure_again(self, key: Hashable, value: Any) -> None:
         """Count a value that is in use with the size that it has by now."""
-        size = self.measure(value)
-        with self.lock:
-            if self.inmem.get(key, MISSING) is not value:
-                return
-            if size == self.eviction.size(key):
-                self._touched[key] = (_shallow_size(value), 0)
-                return
-            if len(self._touched) > 2 * len(self.inmem) + TOUCHES:  # left by threads that raced
-                self._touched = {}
-            self._touched.pop(key, None)
-            uses = self.eviction.uses(key)
-            self.eviction.discard(key)
-            self.eviction.enroll(key, size, uses)
-            self._hold(key, value)
-            self._make_room()
+        self._if_free(self._count_again, key, value, self.measure(value))
+
+    def _if_free(self, step: Callable[..., None], *args: Any) -> None:
+        """Take a step under the lock, if no other thread has it: a hit waits for nobody."""
+        try:
+            if self.lock.acquire(blocking=False):
+                with self:
+                    step(*args)
+        finally:
+            try:  # noqa: SIM105 -- no call before: interrupts come with calls
+                self.lock.release()
+            except RuntimeError:
+                pass  # another thread has it
+
+    def _count_again(self, key: Hashable, value: Any, size: int) -> None:
+        if self._torn or self.inmem.get(key, MISSING) is not value:
+            return
+        self._touched[key] = (_shallow_size(value), 0)
+        if size == self.eviction.size(key):
+            return
+        if len(self._touched) > 2 * len(self.inmem) + TOUCHES:  # left by threads that raced
+            self._touched = {}
+        uses = self.eviction.uses(key)
+        self.eviction.discard(key)
+        self.eviction.enroll(key, size, uses)
+        self._hold(key, value)
+        self._make_room()
 
     def fetch(self, key: Hashable, *, uses: int = 0, stream: bool = False) -> Any:
         """Return the value of a key, from wherever it is.
@@ -258,55 +395,87 @@ class Residents(ABC):
             If there is no such key.
         CorruptValueError, SerializerError
         """
-        nested = self.lock._is_owned()  # type: ignore[attr-defined]  # as Condition asks it
-        with self.lock:
+        with self.lock, self:
             self.begin()
-        while True:
-            entry = self._begin_load(key, nested, stream)
-            if not isinstance(entry, Entry):
-                return entry[0]
+        for tries in count(1):
+            entry = None
             try:
-                value = self._load(key, entry)
+                entry = self._begin_load(key, stream)
+                if not isinstance(entry, Entry):
+                    return entry[0]
+                value = self._load(key, entry, tell=tries == 1)
+                if value is MISSING:
+                    continue
                 crowded = stream and entry.length > self.available - self.eviction.total
                 size = entry.length if crowded else self.measure(value)
                 digest = self._digest_as_loaded(value, entry)
-            finally:
-                self._end_load(key)
-            with self.lock:
-                if self._wants(key, entry):
-                    if digest != entry.digest:
-                        self._as_loaded[key] = digest
-                    self._admit(key, value, size, uses, stream)
+                with self.lock, self:
+                    taken = self._take_in(key, entry, value, size, digest, uses, stream)
+                if taken or tries == TRIES:  # it was the value when the read began
                     return value
+            finally:
+                if entry.__class__ is not tuple:
+                    self._loading.pop(key, None)  # with no call before: interrupts come with calls
+                    with self.lock:
+                        self._loaded.notify_all()
+        return MISSING
 
-    def _begin_load(self, key: Hashable, nested: bool, stream: bool) -> Entry | tuple[Any]:
+    def _take_in(
+        self,
+        key: Hashable,
+        entry: Entry,
+        value: Any,
+        size: int,
+        digest: int | None,
+        uses: int,
+        stream: bool,
+    ) -> bool:
+        """Make a value resident that was read from `entry`, unless that is history."""
+        if self._torn or not self._wants(key, entry):
+            return False
+        if digest != entry.digest:
+            self._as_loaded[key] = digest
+        self._loading.pop(key, None)  # before anybody else gets the lock
+        self._admit(key, value, size, uses, stream)
+        return True
+
+    def _begin_load(self, key: Hashable, stream: bool) -> Entry | tuple[Any]:
         """Return where to read the value from, or the value itself in a tuple.
 
         A thread that holds the lock already reads for itself what another one is reading: to wait
-        would let go of a lock that somebody relies on.
+        would let go of a lock that somebody relies on. So does one that is reading already, in
+        whose `load` this happens: the other may be waiting for it in turn.
         """
         me = threading.get_ident()
-        with self.lock:
+        locked = self.lock._is_owned()  # type: ignore[attr-defined]  # as Condition asks it
+        with self.lock, self:
+            nested = locked or me in self._loading.values()
             while True:
+                if self._torn:
+                    self.catch_up()
                 if key in self.inmem:
                     self.mark(key)
                     value = self.inmem[key]
-                    if key not in self.fixed:
+                    if key in self._loose:
                         self._hold(key, value)  # which may make room, and let go of it
                     return (value,)
                 value = self._hands.get(key, MISSING)
-                if value is not MISSING:
-                    self._admit(key, value, self.measure(value), 0, stream=stream)
-                    return (value,)
                 row = self.ledger.rows.get(key, UNSAVED)
+                if value is not MISSING:
+                    size = self.measure(value)
+                    same = self.in_memory(key) is MISSING or self.in_memory(key) is value
+                    if same and key not in self.inmem and self.ledger.rows.get(key) == row:
+                        self._admit(key, value, size, 0, stream=stream)
+                        return (value,)
+                    continue  # what measures it replaced or deleted it
                 if row == UNSAVED:
                     raise KeyError(key)
                 if self._loading.setdefault(key, me) == me or nested:
                     return self.ledger.entry(row)
-                self._loaded.wait()
+                self._loaded.wait(LOST)  # an interrupt may have come before it was told
 
-    def _load(self, key: Hashable, entry: Entry) -> Any:
-        if self.options.on_miss is not None:
+    def _load(self, key: Hashable, entry: Entry, *, tell: bool) -> Any:
+        if tell and self.options.on_miss is not None:
             self.options.on_miss(key)
         try:
             return self.store.read(key, entry)
@@ -315,17 +484,23 @@ class Residents(ABC):
                 self.catch_up()
                 row = self.ledger.rows.get(key, UNSAVED)
                 if row != UNSAVED and self.ledger.entry(row) == entry:
-                    raise
-            return None  # another handle replaced it meanwhile: the caller looks again
+                    return self._read_locked(key, entry)
+            return MISSING  # another handle replaced it meanwhile: the caller looks again
 
-    def _end_load(self, key: Hashable) -> None:
-        with self.lock:
-            self._loading.pop(key, None)
-            self._loaded.notify_all()
+    def _read_locked(self, key: Hashable, entry: Entry) -> Any:
+        """Read once more, now that no other thread can replace a value and set it back."""
+        try:
+            return self.store.read(key, entry)
+        except CorruptValueError:
+            row = self.ledger.rows.get(key, UNSAVED)
+            if row != UNSAVED and self.ledger.entry(row) == entry:
+                raise
+            return MISSING  # what opens or loads it replaced it
 
     def _admit(self, key: Hashable, value: Any, size: int, uses: int, stream: bool) -> None:
         """Make a stored value resident if it may be, and put it in this thread's hand."""
         room = self.available - self.eviction.total if stream else self.available
+        self._note(key)
         released = self._hands.hold(key, value)
         if size <= room:
             self._enter(key, value, size, uses)
@@ -339,11 +514,8 @@ class Residents(ABC):
         """Make a value resident that was read from `entry`, unless that is history."""
         size = self.measure(value)
         digest = self._digest_as_loaded(value, entry)
-        with self.lock:
-            if self._wants(key, entry):
-                if digest != entry.digest:
-                    self._as_loaded[key] = digest
-                self._admit(key, value, size, uses=1, stream=False)
+        with self.lock, self:
+            self._take_in(key, entry, value, size, digest, 1, False)
 
     def _wants(self, key: Hashable, entry: Entry) -> bool:
         """Tell whether what was read from `entry` is the value, and the only copy of it."""
@@ -353,9 +525,9 @@ class Residents(ABC):
 
     def has(self, key: Hashable) -> bool:
         """Tell whether there is such a key."""
-        if self.head[1] != self.seen:
-            self.catch_up()
-        return key in self.ledger.rows
+        with self.lock:
+            self.begin()
+            return key in self.ledger.rows
 
     def stores_like(self, other: Residents) -> bool:
         """Tell whether files of one chest can be files of the other."""
@@ -386,16 +558,34 @@ class Residents(ABC):
 
     def _hold(self, key: Hashable, value: Any) -> None:
         """Put a value in this thread's hand, and look at what was in it."""
+        self._note(key)
         self._settle(self._hands.hold(key, value))
+
+    def _note(self, key: Hashable) -> None:
+        """Take note that a transaction may change a value."""
+        if self.in_transaction:
+            self._inside.add(key)
+
+    def _settle_owed(self) -> None:
+        while self._hands.owed:
+            self._settle(self._hands.gone(self._hands.owed.popleft()))
 
     def _settle(self, released: list[tuple[Any, Any]]) -> None:
         """Make those values resident and dirty that changed while they were in hand."""
+        if released:
+            with self._hands.pinned():  # hooks may take other values in hand
+                self._settle_pinned(released)
+
+    def _settle_pinned(self, released: list[tuple[Any, Any]]) -> None:
         changed = []
         for n, (key, value) in enumerate(released):
             try:
-                if self._differs(key, value, self.ledger.digest(key)):
+                row = self.ledger.rows.get(key, UNSAVED)
+                if row != UNSAVED and self._differs(key, value, self.ledger.digest(key)):
                     self._revive(key, value)
                     changed.append(key)
+                else:
+                    self._hands.settled(key, value)
             except BaseException:  # an interrupt: nobody knows, so they count as changed
                 for pair in released[n:]:
                     self._revive(*pair)
@@ -404,14 +594,17 @@ class Residents(ABC):
             self._make_room(key)
 
     def _revive(self, key: Hashable, value: Any) -> None:
-        """Make a value that changed in place resident and dirty."""
+        """Make a value that changed in place resident and dirty, if its key is still there."""
+        size = 0 if key in self.inmem else self.measure(value)
+        if key not in self.ledger.rows or self.in_memory(key) is not value:
+            return  # what measured or pickled it replaced or deleted it
         self.dirty[key] = None
         if key not in self.inmem:
-            self._enter(key, value, self.measure(value), 1)
+            self._enter(key, value, size, 1)
 
     def _revive_changed(self) -> None:
         """Find every value that changed in place, in memory and alive elsewhere."""
-        for key in [key for key in self.inmem if key not in self.dirty]:
+        for key in [key for key in self._loose if key not in self.dirty]:
             self._must_write(key)
         for key, value in self._hands.alive():
             if self._hands.get(key) is value and self._differs(key, value, self.ledger.digest(key)):
@@ -459,8 +652,9 @@ class Residents(ABC):
     def _must_write(self, key: Hashable) -> bool:
         if key in self.dirty or key not in self.inmem:
             return key in self.dirty
-        changed = self._differs(key, self.inmem[key], self.ledger.digest(key))
-        if changed:
+        value = self.inmem[key]
+        changed = self._differs(key, value, self.ledger.digest(key))
+        if changed and self.inmem.get(key, MISSING) is value:
             self.dirty[key] = None
         return changed
 
@@ -468,8 +662,11 @@ class Residents(ABC):
 
     def delete(self, key: Hashable) -> None:
         """Delete a key without reading its value; needs the lock."""
-        self.ledger.delete(key)
-        self._forget(key)
+        with self:
+            self._fixed.pop(key, None)  # first, so that no hit finds what `in` does not
+            self._fresh.pop(key, None)
+            self.ledger.delete(key)
+            self._forget(key)
 
     def _forget(self, key: Hashable) -> None:
         self.dirty.pop(key, None)
@@ -479,11 +676,10 @@ class Residents(ABC):
 
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
-        self.ledger.clear()
-        self.fixed, self.inmem, self.dirty = {}, {}, {}
-        self._touched, self._as_loaded, self._hands = {}, {}, Hands()
-        self.eviction = Eviction(self.available)
-        self.mark = self.eviction.marks.add
+        with self:
+            self._fixed = self.fixed = {}  # first, so that no hit finds what `in` does not
+            self.ledger.clear()
+            self._empty()
 
     # -- for the subclass ------------------------------------------------------------------------
 

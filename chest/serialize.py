@@ -17,9 +17,9 @@ import builtins
 import errno
 import functools
 import io
-import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -65,6 +65,16 @@ _ATOMS = {
 
 class DamagedError(Exception):
     """A stream is not the one that was written; the caller knows of which key."""
+
+
+class _Storing(threading.local):
+    """The serializers with which this thread dumps values; what is dumped may want to know."""
+
+    def __init__(self) -> None:
+        self.active: list[Serializer] = []
+
+
+storing = _Storing()
 
 
 class UnloadableError(Exception):
@@ -176,7 +186,7 @@ class Serializer:
             Whatever ``dump`` raised, wrapped in `UndumpableError`.
         """
         if self._direct and size < SMALL:
-            data = _guarded(pickle.dumps, value, 5)
+            data = self._dumped(value)
             _write_new(path, data)
             return len(data), digest_bytes(data)
         with self._create(path) as file:
@@ -191,7 +201,19 @@ class Serializer:
             return builtins.open(path, "xb", buffering=0)
         return self.open(path, mode="wb")
 
+    def _dumped(self, value: object) -> bytes:
+        active = storing.active
+        storing.active = [*active, self]
+        try:
+            return pickle.dumps(value, 5)
+        except Exception as error:
+            raise UndumpableError(error) from error
+        finally:
+            storing.active = active
+
     def _dump_into(self, sink: HashingWriter, value: object) -> None:
+        active = storing.active
+        storing.active = [*active, self]
         try:
             self.dump(value, sink)  # type: ignore[arg-type]  # passes for a file
         except Exception as error:
@@ -200,6 +222,8 @@ class Serializer:
             if sink.refused is not None:
                 raise sink.refused from error
             raise UndumpableError(error) from error
+        finally:
+            storing.active = active
         if sink.refused is not None:  # ``dump`` kept to itself that the disk refused
             raise sink.refused
         if self.text is None:
@@ -214,7 +238,7 @@ class Serializer:
             If ``dump`` does not take the value.
         """
         if self._direct and size < SMALL:
-            return digest_bytes(_guarded(pickle.dumps, value, 5))
+            return digest_bytes(self._dumped(value))
         sink = HashingWriter(None)
         try:
             self._dump_into(sink, value)
@@ -271,10 +295,10 @@ class Serializer:
     def _verify_first(self, file: IO[Any], length: int, digest: int) -> Any:
         _check(HashingReader(file), length, digest, None)
         file.seek(0)
-        return _loaded(self._load_unrecorded if self.text is None else self._load_from, file)
+        return _loaded(self._load_unrecorded, file)
 
-    def _load_from(self, file: IO[Any]) -> Any:
-        if not self.text:
+    def _load_from(self, file: IO[Any], text: bool | None) -> Any:
+        if not text:
             return self.load(file)
         wrapper = io.TextIOWrapper(file, "utf-8", "surrogatepass", newline="")
         try:
@@ -284,19 +308,16 @@ class Serializer:
                 wrapper.detach()
 
     def _load_unrecorded(self, file: IO[Any]) -> Any:
-        """Load a stream of which nobody recorded whether it is text."""
+        """Load a stream, also where nobody recorded whether it is text."""
         if self.text is not None or self.trusts_pickle:
-            return self._load_from(file)
+            return self._load_from(file, self.text)
         try:
             return self.load(file)
         except Exception:  # noqa: BLE001 -- a text loader says in many ways that it got bytes
-            self.text = True
             file.seek(0)
-            try:
-                return self._load_from(file)
-            except Exception:
-                self.text = None
-                raise
+            value = self._load_from(file, True)
+            self.text = True  # only now: other threads load, too
+            return value
 
 
 class UndumpableError(Exception):
@@ -305,13 +326,6 @@ class UndumpableError(Exception):
     def __init__(self, cause: Exception) -> None:
         super().__init__(cause)
         self.cause = cause
-
-
-def _guarded(function: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return function(*args)
-    except Exception as error:
-        raise UndumpableError(error) from error
 
 
 def _loaded(function: Callable[[Any], Any], source: Any) -> Any:
@@ -351,26 +365,20 @@ def _is_disk_error(error: Exception) -> bool:
 
 
 def _write_new(path: str, data: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    fd = os.open(path, flags, 0o666)
-    try:
+    with builtins.open(path, "xb", buffering=0) as file:
         view = memoryview(data)
         while view:
-            view = view[os.write(fd, view) :]
-    finally:
-        os.close(fd)
+            view = view[file.write(view) :]
 
 
 def _read_small(path: str, length: int) -> bytes:
     """Read a file that should have `length` bytes, and one more to see that it has no more."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        data = os.read(fd, length + 1)
+    # Not os.open: an interrupt may come before its descriptor has a name.
+    with builtins.open(path, "rb", buffering=0) as file:
+        data = file.read(length + 1)
         while 0 < len(data) < length:
-            more = os.read(fd, length + 1 - len(data))
+            more = file.read(length + 1 - len(data))
             if not more:
                 break
             data += more
         return data
-    finally:
-        os.close(fd)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import operator
+import os
 import types
 from bisect import bisect
 from collections import Counter, defaultdict, deque
@@ -52,6 +53,16 @@ _identity = object.__hash__
 _registered: dict[type, _Sizer] = {}
 _plain: dict[type, _Sizer] = {}  # types without parts, sized by a C function that cannot fail
 _lock = RLock()  # a finalizer may size something in the midst of it
+
+
+def _renew_lock() -> None:
+    """Forget, in a forked child, that a thread of its parent was holding the lock."""
+    global _lock
+    _lock = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class _Nbytes(Protocol):

@@ -27,7 +27,15 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from chest.columns import Entry, FrameError, is_plain, own_entries
-from chest.directory import Directory, Names, make_folders, remove_quietly, sync_file, sync_folder
+from chest.directory import (
+    INDEX,
+    Directory,
+    Names,
+    make_folders,
+    remove_quietly,
+    sync_file,
+    sync_folder,
+)
 from chest.errors import CorruptIndexError, CorruptValueError, KeyTypeError, SerializerError
 from chest.filenames import is_safe_filename
 from chest.index import Index, write_log
@@ -38,6 +46,7 @@ from chest.serialize import DamagedError, Serializer, UnloadableError
 
 logger = logging.getLogger("chest")
 
+TRIES = 100  # times to open a directory that others drop and make
 COMPACT_RECORDS = 1000  # a log of fewer dead records is not worth a new one
 
 
@@ -58,6 +67,8 @@ class Store:
         The directory, absolute; made if it does not exist.
     serializer : Serializer
     options : Options
+    reopen : bool
+        There was a chest: nothing is made.
 
     Raises
     ------
@@ -67,24 +78,40 @@ class Store:
         If its index cannot be read.
     """
 
-    def __init__(self, path: str, serializer: Serializer, options: Options) -> None:
+    def __init__(
+        self, path: str, serializer: Serializer, options: Options, *, reopen: bool = False
+    ) -> None:
         self.serializer = serializer
         self.directory = Directory(path, options.namer)
         self._fsync = options.fsync
         self._swept_staging = False
         self._compact_from = COMPACT_RECORDS
-        if not options.readonly and not os.path.isdir(path):
-            make_folders(path)
-            if self._fsync:
-                _sync_parents(path)
-        self.readonly = options.readonly or not self._make_writable()
-        self.index = Index(self.directory.index, readonly=self.readonly, fsync=options.fsync)
+        self._transaction: list[str] | None = None  # the files that it has written
+        if reopen:
+            demand(path)
+        for tries in count(1):
+            try:
+                self._open(options)
+                break
+            except FileNotFoundError:  # somebody is dropping the chest there
+                if reopen or options.readonly or tries == TRIES:
+                    raise
         self.ledger = Ledger(serializer.trusts_pickle)
         try:
             self.catch_up()
         except BaseException:
             self.close()
             raise
+
+    def _open(self, options: Options) -> None:
+        """Open the index, and make what there is not."""
+        path = self.directory.path
+        if not options.readonly and not os.path.isdir(path):
+            make_folders(path)
+            if self._fsync:
+                _sync_parents(path)
+        self.readonly = options.readonly or not self._make_writable()
+        self.index = Index(self.directory.index, readonly=self.readonly, fsync=options.fsync)
 
     def _make_writable(self) -> bool:
         """Make the index if there is none; tell whether it and the directory can be written."""
@@ -104,21 +131,25 @@ class Store:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def catch_up(self) -> dict[Any, int]:
-        """Take in what others committed.
+    def catch_up(self, *, look: bool = False) -> None:
+        """Take in what others committed; ``ledger.changed`` tells of keys that had other values.
 
-        Returns
-        -------
-        dict
-            The keys that were stored and are now replaced or deleted, with their old digests.
+        Parameters
+        ----------
+        look : bool
+            Trust nothing that is mapped: look at the directory.
 
         Raises
         ------
         CorruptIndexError
         """
         try:
-            anew, payloads = self.index.refresh()
-            changed = self._apply_anew(payloads) if anew else self._apply(payloads)
+            anew, payloads = self.index.refresh(look=look)
+            if anew:
+                self._apply_anew(payloads)
+            else:
+                for payload in payloads:
+                    self.ledger.apply(payload)
         except BaseException as error:
             self.index.rewind()  # what was read and not taken in must be read again
             if isinstance(error, FrameError):
@@ -126,23 +157,15 @@ class Store:
             raise
         if self.serializer.text is None:
             self.serializer.text = self.ledger.serializers.get(self.serializer.name)
-        return changed
 
-    def _apply(self, payloads: list[bytes]) -> dict[Any, int]:
-        changed: dict[Any, int] = {}
-        for payload in payloads:
-            changed = self.ledger.apply(payload) | changed
-        return changed
-
-    def _apply_anew(self, payloads: list[bytes]) -> dict[Any, int]:
+    def _apply_anew(self, payloads: list[bytes]) -> None:
         ledger = Ledger(self.serializer.trusts_pickle)
         if self.index.foreign:
             ledger.take(read_old_index(self.directory, self.serializer))
         for payload in payloads:
             ledger.apply(payload)
-        changed = ledger.inherit(self.ledger)
+        ledger.inherit(self.ledger)
         self.ledger = ledger
-        return changed
 
     def path_of(self, row: int) -> str:
         """Return the path of the file that holds the value of a stored key."""
@@ -224,47 +247,123 @@ class Store:
         return Staged(path, entry.length, entry.digest)
 
     @contextmanager
-    def writing(self) -> Iterator[dict[Any, int]]:
-        """Hold the lock, and give what others changed before it was taken, as `catch_up` does."""
-        with self.index.locked():
-            yield self.catch_up()
+    def writing(self, timeout: float | None = None) -> Iterator[None]:
+        """Hold the lock, after catching up with what others committed before it was taken.
+
+        Raises
+        ------
+        TimeoutError
+            If another process holds it for longer than `timeout` seconds.
+        """
+        with self.index.locked(timeout):
+            if self._transaction is None:
+                self.catch_up()
+            yield
 
     def commit(self, staged: dict[Any, Staged]) -> None:
         """Publish staged values and every deletion that is pending; needs the lock.
+
+        In a transaction they are only written: its end publishes them.
 
         Raises
         ------
         OSError
             If the disk refuses; then nothing is published.
         """
-        self._sweep()
+        joins = self._transaction is not None
+        if not self.index.is_locked:
+            raise RuntimeError("a commit needs the lock of the index")
+        if not joins:
+            self._sweep()
         entries = self._entries(staged)
+        files = [entry.file for entry in entries.values()]
         serializer = (self.serializer.name, self.serializer.text)
-        payloads = self.ledger.encode(entries, serializer)
+        written = self._transaction if self._transaction is not None else []
+        before, listed = self.index.appended, len(written)
+        payloads = self.ledger.encode(entries, serializer, first=before == 0)
         try:
+            written += files
             for payload in payloads:
                 self.index.append(payload)
             for key, entry in entries.items():
                 self.directory.place(staged[key].path, entry.file)
-            if self._fsync:
-                self.directory.sync(entry.file for entry in entries.values())
-            self.index.publish()
+            if not joins:
+                self._publish(files)
         except BaseException as error:
-            if not self.index.published:
-                self.directory.remove(entry.file for entry in entries.values())
-                self.index.cut()
+            if self.index.abandoned:
+                raise
+            if joins or not self.index.published:
+                self._take_back(files, before)
+                del written[listed:]
             if isinstance(error, OSError):
                 needed = sum(map(len, payloads))
                 raise told(error, self.index.path, needed) from error
             raise
         try:
             self.ledger.committed(entries, serializer)
-            self.index.acknowledge()
+            if not joins:
+                self.index.acknowledge()
         except BaseException:
             self.index.rewind()
             raise
+
+    def _take_back(self, files: list[str], frames: int) -> None:
+        """Remove what was written and is not published, down to so many frames."""
+        if not self.directory.remove(files):
+            self.index.cut(frames)
+            return
+        # What could not be removed is named by the frames: they stay for the next writer.
+        self.index.rewind()
+        if not frames:
+            self.index.leave()
+
+    def _publish(self, files: list[str]) -> None:
+        if self._fsync:
+            self.directory.sync(files)
+        self.index.publish()
+
+    def tidy(self) -> None:
+        """Remove what commits made obsolete; needs the lock."""
+        if self._transaction is not None:
+            return
         self._remove(self.ledger.obsolete)
         self._compact_if_due()
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether commits add up to one."""
+        return self._transaction is not None
+
+    def begin_transaction(self) -> None:
+        """Let commits add up to one, until `end_transaction`; needs the lock, all the while."""
+        self._sweep()
+        self._transaction = []
+
+    def end_transaction(self) -> None:
+        """Publish what was written in the transaction.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses: then it has to be rolled back.
+        """
+        if self.index.seen == -1:
+            raise RuntimeError("the transaction is rolled back, for a commit was interrupted in it")
+        if self.index.appended:
+            self._publish(self._transaction or [])
+            self.index.acknowledge()
+        self._transaction = None
+
+    def roll_back(self) -> None:
+        """Take back what was written in the transaction; ``ledger.changed`` tells what it was."""
+        files, self._transaction = self._transaction or [], None
+        wrote = self.index.appended or self.index.seen == -1
+        if self.index.appended and not self.index.published:
+            self._take_back(files, 0)
+        self.ledger.revert()
+        if wrote:
+            self.index.rewind()
+            self.catch_up()
 
     def _entries(self, staged: dict[Any, Staged]) -> dict[Any, Entry]:
         entries = {}
@@ -360,18 +459,28 @@ class Store:
 
     def drop(self) -> None:
         """Remove every file that the chest wrote, and the directory if nothing else is in it."""
-        with self.index.locked():
-            self.catch_up()
-            self.ledger.clear()
-            self.commit({})  # so that a crash from here on leaves an empty chest
-            self.directory.remove_staging(every=True)
-            os.unlink(self.index.path)
+        if os.path.lexists(self.index.path):  # else an interrupt came after the last line
+            with self.index.locked():
+                self.catch_up()
+                self.ledger.clear()
+                self.commit({})  # so that a crash from here on leaves an empty chest
+                self.tidy()
+                self.directory.remove_staging(every=True)
+                self.index.remove()
         self.close()
         try:
             os.rmdir(self.directory.path)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
+
+    def erase(self) -> None:
+        """Remove every file that the chest wrote, where nobody can commit any more."""
+        self.directory.remove([*self.ledger.files(), *(e.file for e in self.ledger.obsolete)])
+        self.directory.remove_staging(every=True)
+        remove_quietly(self.index.path)
+        with suppress(OSError):  # there are files of others
+            os.rmdir(self.directory.path)
 
     def check(self) -> None:
         """Assert that the directory holds what the index names, and nothing else."""
@@ -383,6 +492,13 @@ class Store:
         }
         named = self.ledger.files() | {os.path.basename(self.directory.index)}
         assert found == named, f"stray: {found - named}, missing: {named - found}"
+
+
+def demand(path: str) -> None:
+    """Raise FileNotFoundError if there is no chest in a directory where one was."""
+    if not os.path.lexists(os.path.join(path, INDEX)):
+        message = "the chest there was dropped, or was temporary, or is on another machine"
+        raise FileNotFoundError(errno.ENOENT, message, path)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -404,7 +520,9 @@ def _link_or_rename(source: str, target: str) -> None:
     """Give a file another name, unless somebody has done so before."""
     try:
         os.link(source, target)
-    except OSError:  # it is there already, or the file system has no links
+    except (FileExistsError, FileNotFoundError):
+        return  # made by somebody; or removed, and the next look finds that
+    except OSError:  # the file system has no links
         if not os.path.lexists(target):
             os.rename(source, target)
 

@@ -1342,17 +1342,6 @@ def refusing(how, code=errno.ENOSPC):
             super().write(data[: len(data) // 2])
             raise OSError(code, os.strerror(code))
 
-    def os_open(path, flags, mode=0o777):
-        if flags & os.O_CREAT:
-            tried.append(path)
-            if how == "open":
-                raise OSError(code, os.strerror(code), path)
-        return os.open(path, flags, mode)
-
-    def os_write(fd, data):
-        os.write(fd, data[: len(data) // 2])
-        raise OSError(code, os.strerror(code))
-
     def open_file(path, mode="r", **options):
         if "r" in mode:
             return open(path, mode, **options)
@@ -1362,7 +1351,6 @@ def refusing(how, code=errno.ENOSPC):
         return Half(path, mode)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serialize, "os", Seen(os, open=os_open, write=os_write))
         patch.setattr(serialize, "builtins", Seen(builtins, open=open_file))
         yield tried
 

@@ -485,13 +485,7 @@ class Slow(io.FileIO):
 
 @pytest.mark.parametrize("value", [[0] * 3000, list(range(30_000)), np.arange(20_000)])
 def test_short_reads_and_writes_are_gone_on_with(path, value, monkeypatch):
-    some = Seen(
-        os,
-        write=lambda fd, data: os.write(fd, data[:7]),
-        read=lambda fd, size: os.read(fd, min(size, 5)),
-    )
     with Chest(path=path) as c:
-        monkeypatch.setattr(serialize, "os", some)
         monkeypatch.setattr(
             serialize,
             "builtins",
@@ -722,7 +716,7 @@ def test_a_disk_that_cannot_be_read_is_no_damage(path, monkeypatch):
         pass
     with Chest(path=path) as c:
         with monkeypatch.context() as patch:
-            patch.setattr(serialize, "os", Seen(os, open=refuse))
+            patch.setattr(serialize, "builtins", Seen(builtins, open=refuse))
             with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
                 c["k"]
         assert c["k"] == [1]

@@ -261,15 +261,41 @@ def test_each_of_two_handles_finds_what_its_threads_left(path, seed):
 
 def test_setdefault_gives_all_threads_one_value(path):
     got = []
-    with Chest(path=path, available_memory=0) as c:
+    start = threading.Barrier(THREADS)
+
+    def slow(value):
+        return len([n + 1 for n in range(1000)])
+
+    with Chest(path=path, available_memory=0, nbytes=slow) as c:
 
         def ask(n):
-            for key in range(100):
+            for key in range(50):
+                start.wait()
                 got.append((key, c.setdefault(key, n)))
 
         together(*[lambda n=n: ask(n) for n in range(THREADS)])
-        for key in range(100):
+        for key in range(50):
             assert {value for asked, value in got if asked == key} == {c[key]}
+
+
+def test_nothing_is_lost_that_is_appended_while_others_fill_the_chest(path):
+    with Chest(path=path, available_memory=2000) as c:
+        c["mine"] = []
+        done = threading.Event()
+
+        def append():
+            try:
+                for n in range(300):
+                    c["mine"].append(n)
+            finally:
+                done.set()
+
+        def fill(key):
+            while not done.is_set():
+                c[key] = [key] * 200
+
+        together(append, lambda: fill("a"), lambda: fill("b"))
+        assert c["mine"] == list(range(300))
 
 
 def test_pop_gives_a_value_to_one_thread(path):
