@@ -62,13 +62,19 @@ class Memory(Residents):
             If the disk refuses; what could not be written stays in memory.
         """
         with self.lock, self:
-            if key in self.eviction and self.eviction.size(key) > self.available:
-                self._report(self._evict([key]))
-            while self.eviction.total > self.available:
-                keys = self._choose()
-                if not keys:
-                    return
-                self._report(self._evict(keys))
+            self._spill(key)
+
+    # Loops are not where the lock is taken: CPython 3.12 and 3.13 leave some backward jumps out of
+    # a `with`, so that an interrupt would leave the lock held.
+
+    def _spill(self, key: Hashable | None) -> None:
+        if key in self.eviction and self.eviction.size(key) > self.available:
+            self._report(self._evict([key]))
+        while self.eviction.total > self.available:
+            keys = self._choose()
+            if not keys:
+                return
+            self._report(self._evict(keys))
 
     def _choose(self) -> list[Any]:
         """Return the keys that should leave next, for some slack more than must be."""
@@ -158,18 +164,18 @@ class Memory(Residents):
         """
         with self.lock, self:
             self.begin()
-            if self.readonly:
-                return
-            self._settle(self._hands.open_ended())
-            self._revive_changed()
-            unsaved = self._save([*self.dirty], stop=False)
-            unsaved = {key: error for key, error in unsaved.items() if key in self.dirty}
-            for key in self.eviction.aside():
-                if key not in unsaved:
-                    self.eviction.stay([key])
-            if unsaved:
-                raise UnsavedError([*unsaved], [*unsaved.values()])
-            self.make_room()
+            if not self.readonly:
+                self._flush()
+
+    def _flush(self) -> None:
+        self._settle(self._hands.open_ended())
+        self._revive_changed()
+        unsaved = self._save([*self.dirty], stop=False)
+        unsaved = {key: error for key, error in unsaved.items() if key in self.dirty}
+        self.eviction.stay(key for key in self.eviction.aside() if key not in unsaved)
+        if unsaved:
+            raise UnsavedError([*unsaved], [*unsaved.values()])
+        self.make_room()
 
     def commit_deletions(self) -> None:
         """Commit what was deleted, without writing a value."""
@@ -250,32 +256,34 @@ class Memory(Residents):
 
     def adopt(self, staged: dict[Any, Staged], *, overwrite: bool) -> None:
         """Publish files that are not from values in memory, in place of what the keys held."""
-        if not staged:
-            return
-        with self.lock, self:
-            store = self.store
-            added: list[Any] = []
-            try:
-                with store.writing():
-                    self._absorb()
-                    if not overwrite:
-                        for key in self.ledger.rows.keys() & staged.keys():
-                            remove_quietly(staged.pop(key).path)
-                    for key in staged:
-                        if key not in self.ledger.rows:
-                            self.ledger.add(key)
-                            added.append(key)
-                    store.commit(staged)
-                    self._look(store)
-                    for key in staged:
-                        self._forget(key)
-                    store.tidy()
-                    self._look(store)
-            except BaseException:
-                for key in added:
-                    if self.ledger.rows.get(key) == UNSAVED:
-                        self.ledger.delete(key)
-                raise
+        if staged:
+            with self.lock, self:
+                self._adopt(staged, overwrite)
+
+    def _adopt(self, staged: dict[Any, Staged], overwrite: bool) -> None:
+        store = self.store
+        added: list[Any] = []
+        try:
+            with store.writing():
+                self._absorb()
+                if not overwrite:
+                    for key in self.ledger.rows.keys() & staged.keys():
+                        remove_quietly(staged.pop(key).path)
+                for key in staged:
+                    if key not in self.ledger.rows:
+                        self.ledger.add(key)
+                        added.append(key)
+                store.commit(staged)
+                self._look(store)
+                for key in staged:
+                    self._forget(key)
+                store.tidy()
+                self._look(store)
+        except BaseException:
+            for key in added:
+                if self.ledger.rows.get(key) == UNSAVED:
+                    self.ledger.delete(key)
+            raise
 
     # -- transactions ----------------------------------------------------------------------------
 
@@ -416,11 +424,14 @@ class Memory(Residents):
                 self.drop()
                 return
             if self._store is not None:  # else nothing was done since the process was forked
-                self.flush()
-                for _ in range(TRIES):
-                    if self.dirty or self.ledger.pending:  # a hook of the flush set something
-                        self.flush()
+                self._flush_all()
             self._end()
+
+    def _flush_all(self) -> None:
+        self.flush()
+        for _ in range(TRIES):
+            if self.dirty or self.ledger.pending:  # a hook of the flush set something
+                self.flush()
 
     def drop(self) -> None:
         """Remove the directory, but for files of others; then let go of everything."""
@@ -521,20 +532,23 @@ class Memory(Residents):
     def check(self) -> None:
         """Assert every invariant."""
         with self.lock:
-            rows = self.ledger.rows
-            self.eviction.check(self.inmem)
-            fixed = {key: id(value) for key, value in self.inmem.items() if not changeable(value)}
-            assert {key: id(value) for key, value in self._fixed.items()} == fixed
-            assert self._loose.keys() == self.inmem.keys() - fixed.keys()
-            assert self.fixed is self._fixed or self.in_transaction
-            assert self.dirty.keys() <= self.inmem.keys(), "a dirty value is not resident"
-            assert self.inmem.keys() <= rows.keys(), "a resident value has no key"
-            unsaved = {key for key, row in rows.items() if row == UNSAVED}
-            assert unsaved <= self.dirty.keys(), "a value is nowhere"
-            self._hands.check(rows, self.inmem)
-            self.ledger.check()
-            if self._store is not None:
-                self._store.check()
+            self._check()
+
+    def _check(self) -> None:
+        rows = self.ledger.rows
+        self.eviction.check(self.inmem)
+        fixed = {key: id(value) for key, value in self.inmem.items() if not changeable(value)}
+        assert {key: id(value) for key, value in self._fixed.items()} == fixed
+        assert self._loose.keys() == self.inmem.keys() - fixed.keys()
+        assert self.fixed is self._fixed or self.in_transaction
+        assert self.dirty.keys() <= self.inmem.keys(), "a dirty value is not resident"
+        assert self.inmem.keys() <= rows.keys(), "a resident value has no key"
+        unsaved = {key for key, row in rows.items() if row == UNSAVED}
+        assert unsaved <= self.dirty.keys(), "a value is nowhere"
+        self._hands.check(rows, self.inmem)
+        self.ledger.check()
+        if self._store is not None:
+            self._store.check()
 
 
 def _drop(path: str, serializer: Serializer, options: Options) -> None:
