@@ -158,6 +158,8 @@ class Index:
             status = os.fstat(file.fileno())
             identity = status.st_dev, status.st_ino
         except BaseException:
+            with suppress(OSError):
+                unlock_descriptor(file.fileno())  # the map may keep what `replace` locked
             file.close()
             raise
         head = memoryview(mapped or bytearray(HEAD)).cast("Q")
