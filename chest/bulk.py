@@ -1,26 +1,83 @@
-"""Many values at once: into memory, and from one chest to another."""
+"""Many values at once: through memory, into it, and from one chest to another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import pickle
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from itertools import islice
+from itertools import islice, repeat
+from operator import sub
 from typing import IO, Any
 
 from chest.columns import Entry
-from chest.directory import remove_quietly
 from chest.errors import CorruptValueError, UnsavedError
-from chest.ledger import UNSAVED
+from chest.ledger import UNSAVED, Ledger
 from chest.memory import Memory
 from chest.residents import MISSING
-from chest.store import Staged
+from chest.serialize import any_changeable, changeable
+from chest.staging import Batch
 
 MAX_OPEN_FILES = 512
 THREADS = 8
+WINDOW = 1024  # values read ahead
 LINKS = 1024  # values taken over in one commit
 
 OpenMany = Callable[..., AbstractContextManager[Iterable[IO[Any]]]]
+
+
+def stream(memory: Memory, keys: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield the pairs of those `keys` that are there, pushing nothing out of memory.
+
+    Values in packs that cannot change are read ahead, in the order in which they lie there, and
+    not made resident. Each pair is as of the moment when it is yielded.
+    """
+    keys = iter(keys)
+    while window := list(islice(keys, WINDOW)):
+        seen, ledger = memory.seen, memory.ledger
+        values = _read_ahead(memory, ledger, window)
+        for key, value in zip(window, values, strict=True):
+            # Without a commit it is neither deleted, nor set, nor is there a transaction.
+            same = memory.ledger is ledger and memory.head[1] == memory.seen == seen
+            if value is MISSING or not same or key not in ledger.rows or key in memory.inmem:
+                try:
+                    value = memory.peek(key)  # noqa: PLW2901 -- the one that counts
+                except KeyError:
+                    continue
+            yield key, value
+
+
+def _read_ahead(memory: Memory, ledger: Ledger, keys: list[Any]) -> list[Any]:
+    """Return the values that lie in packs and cannot change, `MISSING` for all others."""
+    rows = list(map(ledger.rows.get, keys, repeat(UNSAVED)))
+    resident = sum(map(memory.inmem.__contains__, keys))
+    if memory.reads_alone or memory.head[1] != memory.seen or 2 * resident > len(keys):
+        return [MISSING] * len(keys)
+    steps = enumerate(map(sub, rows[1:], rows), 1)
+    ends = [n for n, step in steps if step != 1 or rows[n] == 0] + [len(rows)]
+    values: list[Any] = []
+    for end in ends:
+        values += _read_run(memory, ledger, range(rows[len(values)], rows[end - 1] + 1))
+    return values
+
+
+def _read_run(memory: Memory, ledger: Ledger, rows: range) -> list[Any]:
+    """Read the values of some rows in a row, at once where they lie end to end in a pack."""
+    nothing = [MISSING] * len(rows)
+    if rows[0] < 0:
+        return nothing
+    span = ledger.span(rows)
+    streams = span and memory.store.packs.read_span(*span)
+    if streams is None and len(rows) > 1:
+        half = len(rows) // 2
+        return _read_run(memory, ledger, rows[:half]) + _read_run(memory, ledger, rows[half:])
+    try:
+        values = list(map(pickle.loads, streams or []))
+    except Exception:  # noqa: BLE001 -- getting the value tells
+        return nothing
+    if any_changeable(values):
+        return [MISSING if changeable(value) else value for value in values]
+    return values or nothing
 
 
 def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) -> None:
@@ -39,13 +96,16 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
     if open_many is None:
         _read_in_threads(memory, wanted)
         return
+    packs = memory.ledger.packs
+    _read_in_threads(memory, [each for each in wanted if each[1].file in packs])
+    wanted = [each for each in wanted if each[1].file not in packs]
     while batch := wanted[:MAX_OPEN_FILES]:
         del wanted[:MAX_OPEN_FILES]
         paths = [memory.store.directory.full_path(entry.file) for _, entry in batch]
         try:
             with open_many(paths, mode="rb") as files:
                 for (key, entry), file in zip(batch, files, strict=True):
-                    memory.offer(key, entry, memory.store.read(key, entry, file))
+                    memory.offer(key, entry, *memory.store.read(key, entry, file))
         except (FileNotFoundError, CorruptValueError):  # damaged, or replaced meanwhile
             for key, _ in batch:
                 with suppress(KeyError):
@@ -61,7 +121,7 @@ def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
             loads = [pool.submit(read, key, entry) for key, entry in batch]
             for (key, entry), load in zip(batch, loads, strict=True):
                 try:
-                    memory.offer(key, entry, load.result())
+                    memory.offer(key, entry, *load.result())
                 except CorruptValueError:
                     with suppress(KeyError):
                         memory.fetch(key)  # damaged, or replaced by another handle
@@ -75,7 +135,7 @@ def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:
         with memory.lock:
             memory.begin()
             row = memory.ledger.rows[key]
-            if row == UNSAVED or memory.in_memory(key) is not MISSING:
+            if row < 0 or memory.in_memory(key) is not MISSING:
                 continue
             entry = memory.ledger.entry(row)
         room -= entry.length
@@ -104,40 +164,48 @@ def link(memory: Memory, other: Memory, overwrite: bool) -> None:
 
 
 def _link_batch(memory: Memory, other: Memory, keys: list[Any], overwrite: bool) -> None:
-    staged: dict[Any, Staged] = {}
+    batch = Batch(memory.store.directory)
     try:
         for key in keys:
-            linked = _stage(memory, other, key)
-            if linked is not None:
-                staged[key] = linked
-                continue
-            memory.adopt(staged, overwrite=overwrite)  # first those that come before in the order
-            staged.clear()
-            with suppress(KeyError):
-                value = other.fetch(key)
-                with memory.lock:
-                    if overwrite or not memory.has(key):
-                        memory.set(key, value)
-        memory.adopt(staged, overwrite=overwrite)
+            if not _stage(memory, other, key, batch):
+                # First those that come before in the order.
+                memory.adopt(batch, overwrite=overwrite)
+                batch.discard()
+                with suppress(KeyError):
+                    _set(memory, key, other.fetch(key), overwrite)
+        memory.adopt(batch, overwrite=overwrite)
     finally:
-        for linked in staged.values():  # gone if they were taken over
-            remove_quietly(linked.path)
+        batch.discard()
 
 
-def _stage(memory: Memory, other: Memory, key: Any) -> Staged | None:
+def _set(memory: Memory, key: Any, value: Any, overwrite: bool) -> None:
+    with memory.lock:
+        if overwrite or not memory.has(key):
+            memory.set(key, value)
+
+
+def _stage(memory: Memory, other: Memory, key: Any, batch: Batch) -> bool:
+    """Stage a value as the other chest's disk holds it; tell whether that was possible."""
     with other.lock:
         row = other.ledger.rows.get(key, UNSAVED)
-        if row == UNSAVED or key in other.dirty:
-            return None
+        if row < 0 or key in other.dirty:
+            return False
         entry = other.ledger.entry(row)
+        packed = other.ledger.is_packed(key)
     try:
-        linked = memory.store.stage_link(other.store, entry)
-    except OSError:
-        return None  # replaced meanwhile, or damaged: getting the value tells
+        if packed:
+            stream = other.store.stream(key, entry)
+        else:
+            batch.files[key] = memory.store.stage_link(other.store, entry)
+    except (OSError, CorruptValueError):
+        return False  # replaced meanwhile, or damaged: getting the value tells
     with other.lock:
         other.begin()
         row = other.ledger.rows.get(key, UNSAVED)
-        if row != UNSAVED and other.ledger.entry(row) == entry:
-            return linked
-    remove_quietly(linked.path)  # that name may be another value's by now
-    return None
+        same = row >= 0 and other.ledger.entry(row) == entry
+    if same and packed:
+        batch.add([key], [stream])
+        memory.store.write_like(other.store)
+    elif not same:
+        batch.remove([key])  # that name may be another value's by now
+    return same

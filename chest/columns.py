@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 import pickle
 import sys
 from array import array
-from collections.abc import Hashable, Iterable
-from itertools import accumulate, islice
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from itertools import accumulate, count, islice
 from typing import Any, NamedTuple
+
+from chest.filenames import pack_number
 
 _ATOMS = {str, bytes, int, float, bool, type(None)}
 
@@ -46,14 +49,53 @@ class Keys(NamedTuple):
     @classmethod
     def of(cls, keys: Iterable[Any]) -> Keys:
         """Sort `keys` into the two kinds."""
+        if all_plain(keys := [*keys]):
+            return cls(keys, [])
         kinds: tuple[list[Any], list[Any]] = ([], [])
         for key in keys:
             kinds[not is_plain(key)].append(key)
         return cls(kinds[0], [pickle.dumps(key, 5) for key in kinds[1]])
 
 
+class Puts(NamedTuple):
+    """Values that a commit puts, as columns.
+
+    Attributes
+    ----------
+    keys : list
+    files : str or list of str
+        The pack that holds them all, or the file of each.
+    places, lengths, digests : sequence of int
+    """
+
+    keys: list[Any]
+    files: str | list[str]
+    places: Sequence[int]
+    lengths: Sequence[int]
+    digests: Sequence[int]
+
+    @classmethod
+    def of(cls, entries: dict[Any, Entry]) -> Puts:
+        """Return what puts values that have files of their own."""
+        return cls([*entries], *map(list, zip(*entries.values(), strict=True)))
+
+    def pick(self, rows: Sequence[int]) -> Puts:
+        """Return those rows alone."""
+        files = self.files if isinstance(self.files, str) else [self.files[row] for row in rows]
+        numbers = ([column[row] for row in rows] for column in self[2:])
+        return Puts([self.keys[row] for row in rows], files, *numbers)
+
+
 class Block:
-    """Values put by a frame, as columns: first the plain keys' rows, then the pickled ones'."""
+    """Values put by a frame, as columns: first the plain keys' rows, then the pickled ones'.
+
+    Attributes
+    ----------
+    keys : Keys
+    pack : str or None
+        The pack that holds all of them, if one does.
+    files, serials, places, lengths, digests
+    """
 
     def __init__(
         self,
@@ -68,7 +110,7 @@ class Block:
         n = len(self.keys.plain) + len(self.keys.pickled)
         self.lengths = _unpack(lengths)
         self.digests = _unpack(digests)
-        self.packed = isinstance(files, str)
+        self.pack = files if isinstance(files, str) else None
         self.files = [files] * n if isinstance(files, str) else files
         if isinstance(serials, int):
             self.serials = array("Q", range(serials, serials + n))
@@ -76,7 +118,7 @@ class Block:
             self.serials = _unpack(serials)
         if not isinstance(places, int):
             self.places = _unpack(places)
-        elif isinstance(files, str):  # in a pack, end to end
+        elif isinstance(files, str):  # end to end
             self.places = array("Q", islice(accumulate(self.lengths, initial=places), n))
         else:
             self.places = array("Q", [places]) * n
@@ -84,6 +126,10 @@ class Block:
         sizes = {len(self.files), *map(len, numbers)}
         if n == 0 or sizes != {n} or {*map(type, self.files)} != {str}:
             raise FrameError("its columns do not fit each other")
+        if self.pack is not None and not pack_number(self.pack):
+            raise FrameError(f"it calls {self.pack!r} a pack")
+        if self.pack is not None and 0 in self.lengths:  # then nobody could tell a dead pack
+            raise FrameError("it has a value of no bytes in a pack")
 
 
 class Frame(NamedTuple):
@@ -142,8 +188,13 @@ def is_plain(key: Hashable) -> bool:
         return False
 
 
+def all_plain(keys: Collection[Any]) -> bool:
+    """Tell whether all of `keys` are plain."""
+    return _ATOMS.issuperset(map(type, keys)) or all(map(is_plain, keys))
+
+
 def encode(
-    puts: list[tuple[Any, int, Entry]],
+    blocks: Iterable[tuple[Sequence[int], Puts]],
     *,
     first: bool = False,
     cleared: bool = False,
@@ -151,26 +202,30 @@ def encode(
     left: Iterable[Entry] = (),
     deleted: Iterable[Hashable] = (),
 ) -> bytes:
-    """Return the payload of a frame; `puts` are keys with their serials and entries."""
-    blocks = [_encode_block(puts)] if puts else []
+    """Return the payload of a frame; `blocks` are values with the serials of their keys."""
+    encoded = [_encode_block(serials, puts) for serials, puts in blocks]
     keys = tuple(Keys.of(deleted))
-    return pickle.dumps((first, cleared, serializer, [*map(tuple, left)], keys, blocks), 5)
+    return pickle.dumps((first, cleared, serializer, [*map(tuple, left)], keys, encoded), 5)
 
 
-def _encode_block(puts: list[tuple[Any, int, Entry]]) -> tuple[Any, ...]:
-    keys = Keys.of(key for key, _, _ in puts)
+def _encode_block(serials: Sequence[int], puts: Puts) -> tuple[Any, ...]:
+    keys = Keys.of(puts.keys)
     if keys.pickled:
-        puts = sorted(puts, key=lambda put: not is_plain(put[0]))
-    serials = [serial for _, serial, _ in puts]
-    places = [entry.place for _, _, entry in puts]
-    rising = serials == list(range(serials[0], serials[0] + len(serials)))
+        rows = sorted(range(len(serials)), key=lambda row: not is_plain(puts.keys[row]))
+        serials, puts = [serials[row] for row in rows], puts.pick(rows)
+    places, lengths = puts.places, puts.lengths
+    rising = all(map(operator.eq, serials, count(serials[0])))
+    if isinstance(puts.files, str):
+        following = all(map(operator.eq, places, accumulate(lengths, initial=places[0])))
+    else:
+        following = not any(places)
     return (
         tuple(keys),
         serials[0] if rising else _pack(serials),
-        [entry.file for _, _, entry in puts],
-        _pack(places) if any(places) else 0,
-        _pack([entry.length for _, _, entry in puts]),
-        _pack([entry.digest for _, _, entry in puts]),
+        puts.files,
+        places[0] if following else _pack(places),
+        _pack(lengths),
+        _pack(puts.digests),
     )
 
 
@@ -222,16 +277,16 @@ def _with_one_nan(key: Any) -> Any:
 
 
 def own_entries(payload: bytes) -> list[Entry]:
-    """Return the entries that a payload puts, of values that have a file of their own."""
-    columns = [
-        zip(block.files, block.places, block.lengths, block.digests, strict=True)
-        for block in decode(payload).blocks
-        if not block.packed
-    ]
-    return [Entry(*row) for column in columns for row in column]
+    """Return the entries that a payload puts; of a pack, that of its first value there alone."""
+    entries = []
+    for block in decode(payload).blocks:
+        columns = zip(block.files, block.places, block.lengths, block.digests, strict=True)
+        rows = [Entry(*row) for row in columns]
+        entries += [min(rows)] if block.pack else rows
+    return entries
 
 
-def _pack(numbers: list[int]) -> Packed:
+def _pack(numbers: Sequence[int]) -> Packed:
     packed = array("I" if max(numbers) < 1 << 32 else "Q", numbers)
     if sys.byteorder == "big":
         packed.byteswap()

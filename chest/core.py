@@ -23,9 +23,8 @@ from copy import deepcopy
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast, overload
 
-from chest.bulk import OpenMany, link, prefetch
+from chest.bulk import OpenMany, link, prefetch, stream
 from chest.filenames import key_to_filename
-from chest.ledger import UNSAVED
 from chest.memory import Memory
 from chest.options import DEFAULT_AVAILABLE_MEMORY, Options, absolute, budget
 from chest.processes import enlist
@@ -174,17 +173,18 @@ class Chest(MutableMapping[K, V]):
     # -- the mapping -----------------------------------------------------------------------------
 
     def __getitem__(self, key: K) -> V:
-        memory = self._memory
-        if memory.head[1] != memory.seen:
-            memory.catch_up()
+        head, seen, fixed, mark = self._memory.quick
+        if head[1] != seen:
+            self._memory.catch_up()
+            fixed, mark = self._memory.quick[2:]
         try:
-            value: V = memory.fixed[key]
+            value: V = fixed[key]
         except KeyError:
             pass
         else:
-            memory.mark(key)
+            mark(key)
             return value
-        return memory.get(key)  # type: ignore[no-any-return]  # what was set is a V
+        return self._memory.get(key)  # type: ignore[no-any-return]  # what was set is a V
 
     def __setitem__(self, key: K, value: V) -> None:
         self._memory.set(key, value)
@@ -318,7 +318,7 @@ class Chest(MutableMapping[K, V]):
     def __deepcopy__(self, memo: dict[int, Any]) -> Chest[K, V]:
         new: Chest[K, V] = Chest(**self._arguments())
         memo[id(self)] = new
-        for key, value in self._stream(self):
+        for key, value in self._stream(self._in_order()):
             new[deepcopy(key, memo)] = deepcopy(value, memo)
         return new
 
@@ -365,7 +365,7 @@ class Chest(MutableMapping[K, V]):
             return NotImplemented
         if len(self) != len(other):
             return False
-        for key, value in self._stream(self):
+        for key, value in self._stream(self._in_order()):
             theirs = _peek(other, key)
             if theirs is not value and not (theirs == value):
                 return False
@@ -389,17 +389,16 @@ class Chest(MutableMapping[K, V]):
 
     def _stream(self, keys: Iterable[K]) -> Iterator[tuple[K, V]]:
         """Yield the pairs of those `keys` that are there, pushing nothing out of memory."""
-        for key in keys:
-            value = _peek(self, key)
-            if value is not _MISSING:
-                yield key, value
+        return stream(self._memory, keys)
 
     # -- memory ----------------------------------------------------------------------------------
 
     @property
     def inmem(self) -> dict[K, V]:
         """The values in memory; to look at, not to change."""
-        return self._memory.inmem
+        with self.lock:
+            self._memory.part()
+            return self._memory.inmem
 
     @property
     def lock(self) -> threading.RLock:
@@ -485,14 +484,18 @@ class Chest(MutableMapping[K, V]):
             return self._memory.store.directory.path
 
     def key_to_filename(self, key: K) -> str:
-        """Return the path of the file that holds, or that will hold, the value of `key`."""
-        with self.lock:
-            self._memory.begin()
-            store = self._memory.store
-            row = self._memory.ledger.rows.get(key, UNSAVED)
-            if row != UNSAVED:
-                return store.path_of(row)
-            return store.directory.full_path(store.directory.name_for(key))
+        """Return the path of the file that holds, or that will hold, the value of `key`.
+
+        A value that shares a file with others gets one of its own.
+
+        Raises
+        ------
+        ReadOnlyError
+            If it would have to get one, and the chest is read-only.
+        OSError
+            If the disk refuses.
+        """
+        return self._memory.file_of(key)
 
     def flush(self) -> None:
         """Write every value that the disk does not hold yet, and commit; values stay in memory.
@@ -627,7 +630,7 @@ def _peek(mapping: Mapping[Any, Any], key: Any) -> Any:
     """Return a value without pushing others out of memory, `_MISSING` if there is none."""
     try:
         if isinstance(mapping, Chest):
-            return mapping._memory.fetch(key, stream=True)
+            return mapping._memory.peek(key)
         return mapping[key]
     except KeyError:
         return _MISSING

@@ -16,7 +16,7 @@ from io import FileIO
 from itertools import count
 
 from chest.errors import CorruptIndexError
-from chest.filenames import digest_name, is_safe_filename, stays_inside
+from chest.filenames import digest_name, is_safe_filename, pack_number, stays_inside
 
 INDEX = ".keys"
 ABANDONED = 3600  # seconds after which the staging file of another process is nobody's
@@ -52,7 +52,7 @@ class Directory:
         CorruptIndexError
             If that is not a file of this directory.
         """
-        if not stays_inside(name):
+        if not stays_inside(name) and not pack_number(name):
             raise CorruptIndexError(self.index, f"it names a file outside, {name!r}")
         return self._join(name)
 

@@ -13,8 +13,10 @@ under the lock of the chest.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Iterable
-from itertools import count
+from itertools import chain, count
+from typing import Any
 
 from heapdict import heapdict
 
@@ -59,7 +61,7 @@ class Eviction:
         self.total = 0
         self.set_budget(budget)
         self.marks: set[Hashable] = set()
-        self._homes: dict[Hashable, Cohort] = {}
+        self._homes: dict[Hashable, Cohort] = {}  # but for new values, as long as theirs is open
         self._heap: heapdict[Cohort, tuple[float, int]] = heapdict()
         self._open: dict[int, Cohort] = {}  # by uses: the cohort that small values still join
         self._aside = Cohort(0)
@@ -71,21 +73,31 @@ class Eviction:
         self.cohort_bytes = min(COHORT_BYTES, budget / COHORTS)
 
     def __len__(self) -> int:
-        return len(self._homes)
+        return len(self._keys())
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._homes
+        return self._home(key) is not None
+
+    def _keys(self) -> set[Hashable]:
+        return {*self._homes, *(self._open[1].sizes if 1 in self._open else ())}
 
     def enroll(self, key: Hashable, size: int, uses: int = 1) -> None:
         """Enroll a value of `size` bytes; with ``uses=0`` it is the coldest of all."""
-        if size >= LARGE:
+        cohort = self._open.get(uses) if size < LARGE else None
+        if cohort is None:
             cohort = Cohort(uses)
-        else:
-            cohort = self._open.get(uses) or self._open.setdefault(uses, Cohort(uses))
-        self._join(cohort, key, size)
-        if size >= LARGE or len(cohort.sizes) == 1:
+            self._join(cohort, key, size)
             self._rank(cohort)
-        elif cohort.nbytes >= self.cohort_bytes or len(cohort.sizes) >= COHORT_MEMBERS:
+            if size < LARGE:
+                self._open[uses] = cohort
+            return
+        # This is where small values pass by the million. New ones get their homes all at once.
+        cohort.sizes[key] = size
+        cohort.nbytes += size
+        self.total += size
+        if uses != 1:
+            self._homes[key] = cohort
+        if cohort.nbytes >= self.cohort_bytes or len(cohort.sizes) >= COHORT_MEMBERS:
             self._rank(cohort)
             self._close(cohort)
 
@@ -107,13 +119,23 @@ class Eviction:
 
     def _close(self, cohort: Cohort) -> None:
         if self._open.get(cohort.uses) is cohort:
+            if cohort.uses == 1:
+                self._homes.update(dict.fromkeys(cohort.sizes, cohort))
             del self._open[cohort.uses]
+
+    def _home(self, key: Hashable) -> Cohort | None:
+        """Return the cohort of a key, None if it is not enrolled."""
+        home = self._homes.get(key)
+        if home is None and 1 in self._open and key in self._open[1].sizes:
+            return self._open[1]
+        return home
 
     def discard(self, key: Hashable) -> int:
         """Forget a value that left; return the size it was enrolled with, 0 if it was not."""
-        cohort = self._homes.pop(key, None)
+        cohort = self._home(key)
         if cohort is None:
             return 0
+        self._homes.pop(key, None)
         size = cohort.sizes.pop(key)
         cohort.nbytes -= size
         self.total -= size
@@ -123,17 +145,52 @@ class Eviction:
             self._close(cohort)
         return size
 
+    def discard_all(self, keys: list[Hashable]) -> None:
+        """Forget values that left, whole cohorts at a time."""
+        start = 0
+        while start < len(keys):
+            cohort = self._home(keys[start]) or self._aside
+            end = start + len(cohort.sizes)
+            if cohort is not self._aside and keys[start:end] == [*cohort.sizes]:
+                self._close(cohort)
+                deque(map(self._homes.pop, cohort.sizes), maxlen=0)
+                self.total -= cohort.nbytes
+                self._heap.pop(cohort, None)
+                start = end
+            else:
+                self.discard(keys[start])
+                start += 1
+        if self.marks:
+            self.marks.difference_update(keys)
+
     def size(self, key: Hashable) -> int:
         """Return the size in bytes that `key` was enrolled with."""
-        return self._homes[key].sizes[key]
+        home = self._home(key)
+        if home is None:
+            raise KeyError(key)
+        return home.sizes[key]
+
+    def small(self, keys: list[Any]) -> list[Any]:
+        """Return those of `keys` that were enrolled with less than `LARGE` bytes."""
+        if self._aside not in (homes := {*map(self._homes.get, keys)}):
+            known = [home for home in homes if home is not None]  # the others are new, and small
+            if all(len(home.sizes) > 1 or home.nbytes < LARGE for home in known):
+                return keys
+        return [key for key in keys if self.size(key) < LARGE]
+
+    def large(self) -> set[Hashable]:
+        """Return the keys that were enrolled with `LARGE` bytes or more."""
+        alone = [cohort.sizes for cohort in self._heap if len(cohort.sizes) == 1]
+        pairs = chain.from_iterable(sizes.items() for sizes in [self._aside.sizes, *alone])
+        return {key for key, size in pairs if size >= LARGE}
 
     def uses(self, key: Hashable) -> int:
         """Return how often `key` was found used, its last use included; 0 if not enrolled."""
-        cohort = self._homes.get(key)
+        cohort = self._home(key)
         return 0 if cohort is None else cohort.uses + (key in self.marks)
 
-    def cheapest(self) -> list[Hashable]:
-        """Return the keys that should leave next, empty when none can.
+    def cheapest(self) -> dict[Hashable, int]:
+        """Return the keys that should leave next, with their sizes; empty when none can.
 
         They stay enrolled, and counted, until each is discarded, set aside or enrolled anew, one
         of which the caller owes to every one of them.
@@ -142,19 +199,21 @@ class Eviction:
             cohort, (self._floor, _) = self._heap.popitem()
             self._close(cohort)
             # Not an intersection of sets: that may go through the marks, to which hits add.
-            for key in [key for key in cohort.sizes if key in self.marks]:
+            for key in [*filter(self.marks.__contains__, cohort.sizes)]:
                 size = self.discard(key)
                 self.enroll(key, size, cohort.uses + 1)
             if cohort.sizes:
                 self._purge_marks()
-                return list(cohort.sizes)
-        return []
+                sizes: dict[Hashable, int] = cohort.sizes.copy()
+                return sizes
+        return {}
 
     def stay(self, keys: Iterable[Hashable]) -> None:
         """Enroll anew keys that were to leave and could not."""
         for key in keys:
-            uses = self._homes[key].uses
-            self.enroll(key, self.discard(key), uses)
+            home = self._home(key)
+            if home is not None:
+                self.enroll(key, self.discard(key), home.uses)
 
     def aside(self) -> list[Hashable]:
         """Return the keys that were set aside."""
@@ -162,17 +221,17 @@ class Eviction:
 
     def _purge_marks(self) -> None:
         if len(self.marks) > len(self._homes) + MARKS_SLACK:
-            self.marks.intersection_update(list(self._homes))
+            self.marks.intersection_update(self._keys())
 
     def check(self, inmem: Iterable[Hashable]) -> None:
         """Assert every invariant, and that exactly the keys of `inmem` are enrolled."""
         keys = set(inmem)
-        assert keys == self._homes.keys(), keys ^ self._homes.keys()
+        assert keys == self._keys(), keys ^ self._keys()
         cohorts = {*self._heap, self._aside}
-        assert {*self._homes.values()} <= cohorts, "a cohort is neither in the heap nor aside"
+        assert {*map(self._home, keys)} <= cohorts, "a cohort is neither in the heap nor aside"
         assert all(cohort.sizes for cohort in self._heap), "an empty cohort"
         assert {*self._open.values()} <= {*self._heap}, "an open cohort is not in the heap"
         for cohort in cohorts:
             assert cohort.nbytes == sum(cohort.sizes.values())
-            assert all(self._homes[key] is cohort for key in cohort.sizes)
+            assert all(self._home(key) is cohort for key in cohort.sizes)
         assert self.total == sum(cohort.nbytes for cohort in cohorts)

@@ -29,6 +29,7 @@ _PART = rf"(?!{_RESERVED})(?!\.)[^/\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]+(?<![. ])
 
 _readable = re.compile(rf"(?!{_RESERVED})[_a-z][_a-z0-9]*", re.ASCII | re.IGNORECASE).fullmatch
 _safe = re.compile(rf"{_PART}(?:/{_PART})*", re.IGNORECASE).fullmatch
+_pack = re.compile(r"\.pack-([1-9][0-9]{0,17})", re.ASCII).fullmatch
 _address = re.compile(r"\bat 0x[0-9a-f]+", re.IGNORECASE).search
 _words = re.compile(r"\w+|\W").findall
 
@@ -105,6 +106,18 @@ def _spell_as_pickle(value: object) -> str:
 
 def _spell_type(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__} "
+
+
+def pack_number(name: object) -> int:
+    """Return the number of the pack that has this name, 0 if it is not the name of a pack.
+
+    Examples
+    --------
+    >>> pack_number(".pack-12"), pack_number("x")
+    (12, 0)
+    """
+    found = _pack(name) if isinstance(name, str) else None
+    return int(found[1]) if found else 0
 
 
 def stays_inside(name: object) -> bool:

@@ -29,8 +29,8 @@ class Hands:
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[Any, Any]] = {}
-        self._left: dict[Any, Callable[[], Any]] = {}
+        self.held: dict[int, tuple[Any, Any]] = {}
+        self.left: dict[Any, Callable[[], Any]] = {}
         self._pinned: dict[object, tuple[Any, Any]] = {}
         self.owed: deque[tuple[Any, Any]] = deque()  # let go of by hits, not looked at yet
         self._limit = REFERENCES
@@ -44,15 +44,15 @@ class Hands:
             What was in the hand before and is not resident; also what was in the hands of threads
             that ended, if there are many.
         """
-        released = [self._held.pop(threading.get_ident(), None)]
-        self._held[threading.get_ident()] = (key, value)
-        if len(self._held) > THREADS:
+        released = [self.held.pop(threading.get_ident(), None)]
+        self.held[threading.get_ident()] = (key, value)
+        if len(self.held) > THREADS:
             released += self._of_ended_threads()
-        return self.gone(*released) if self._left else []
+        return self.gone(*released) if self.left else []
 
     def empty(self) -> list[tuple[Any, Any]]:
         """Empty the hand of this thread; return as `hold` does."""
-        return self.gone(self._held.pop(threading.get_ident(), None))
+        return self.gone(self.held.pop(threading.get_ident(), None))
 
     def swap(self, key: Hashable, value: Any) -> tuple[Any, Any] | None:
         """Put a resident value in the hand of this thread, without the lock.
@@ -63,16 +63,16 @@ class Hands:
             What was in the hand before, if it is not resident: the caller owes it to `gone`.
         """
         me = threading.get_ident()
-        hand = self._held.get(me)
-        self._held[me] = (key, value)
+        hand = self.held.get(me)
+        self.held[me] = (key, value)
         # Only now: it may have left memory while it was still in the hand.
-        return hand if hand is not None and hand[0] in self._left else None
+        return hand if hand is not None and hand[0] in self.left else None
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
         """Keep what is in the hand of this thread there, whatever hooks take meanwhile."""
         me = threading.get_ident()
-        hand = self._held.get(me)
+        hand = self.held.get(me)
         if hand is None:
             yield
             return
@@ -81,8 +81,8 @@ class Hands:
         try:
             yield
         finally:
-            taken = self._held.get(me)
-            self._held[me] = hand
+            taken = self.held.get(me)
+            self.held[me] = hand
             del self._pinned[pin]
             if taken is not None and taken is not hand:
                 self.owed.append(taken)
@@ -90,27 +90,27 @@ class Hands:
     def leave(self, key: Hashable, value: Any, *, soon: bool = False) -> None:
         """Remember that a value is not resident, or not `soon`, as long as it is alive."""
         if type(value).__weakrefoffset__:
-            self._left[key] = weakref.ref(value)
+            self.left[key] = weakref.ref(value)
         elif soon or self._is_held(value):
-            self._left[key] = lambda: value
+            self.left[key] = lambda: value
         else:
-            self._left.pop(key, None)
-        if len(self._left) > self._limit:
-            self._left = {key: left for key, left in self._left.items() if left() is not None}
-            self._limit = max(REFERENCES, 2 * len(self._left))
+            self.left.pop(key, None)
+        if len(self.left) > self._limit:
+            self.left = {key: left for key, left in self.left.items() if left() is not None}
+            self._limit = max(REFERENCES, 2 * len(self.left))
 
     def _is_held(self, value: Any) -> bool:
-        held = [*self._held.values(), *self._pinned.values(), *self.owed]
+        held = [*self.held.values(), *self._pinned.values(), *self.owed]
         return any(some is value for _, some in held)
 
     def of_others(self) -> list[tuple[Any, Any]]:
         """Return what other threads have in hand, as pairs of key and value."""
         me = threading.get_ident()
-        return [pair for ident, pair in list(self._held.items()) if ident != me]
+        return [pair for ident, pair in list(self.held.items()) if ident != me]
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         """Return the value that left under `key`, `default` if there is none alive."""
-        left = self._left.get(key)
+        left = self.left.get(key)
         if left is None:
             return default
         value = left()
@@ -118,24 +118,24 @@ class Hands:
 
     def knows(self, key: Hashable) -> bool:
         """Tell whether something left under `key` that may be alive."""
-        return key in self._left
+        return key in self.left
 
     def forget(self, key: Hashable) -> None:
         """Forget what left under `key`: it is resident again, or replaced, or deleted."""
-        self._left.pop(key, None)
+        self.left.pop(key, None)
 
     def open_ended(self) -> list[tuple[Any, Any]]:
         """Empty the hands of threads that ended; return as `hold` does."""
         return self.gone(*self._of_ended_threads())
 
     def _of_ended_threads(self) -> list[tuple[Any, Any] | None]:
-        return [self._held.pop(ident) for ident in self._held.keys() - sys._current_frames().keys()]
+        return [self.held.pop(ident) for ident in self.held.keys() - sys._current_frames().keys()]
 
     def gone(self, *released: tuple[Any, Any] | None) -> list[tuple[Any, Any]]:
         """Return those values that were let go of and are not resident."""
         gone = []
         for key, value in filter(None, released):
-            left = self._left.get(key)
+            left = self.left.get(key)
             if left is None or left() is not value:
                 continue
             if isinstance(left, weakref.ref) or not self._is_held(value):
@@ -144,21 +144,21 @@ class Hands:
 
     def settled(self, key: Hashable, value: Any) -> None:
         """Let go of a value that was `gone`, and is as the disk holds it."""
-        left = self._left.get(key)
+        left = self.left.get(key)
         if left is not None and left() is value and not isinstance(left, weakref.ref):
-            del self._left[key]
+            del self.left[key]
 
     def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Forget what is resident, or deleted, after all."""
-        left = self._left.items()
-        self._left = {key: value for key, value in left if key in rows and key not in inmem}
+        left = self.left.items()
+        self.left = {key: value for key, value in left if key in rows and key not in inmem}
 
     def alive(self) -> list[tuple[Any, Any]]:
         """Return all that left and is alive, as pairs of key and value."""
-        pairs = [(key, left()) for key, left in self._left.items()]
+        pairs = [(key, left()) for key, left in self.left.items()]
         return [(key, value) for key, value in pairs if value is not None]
 
     def check(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Assert every invariant."""
-        assert not self._left.keys() & inmem.keys(), "a resident value has left"
-        assert self._left.keys() <= rows.keys(), "a deleted value has left"
+        assert not self.left.keys() & inmem.keys(), "a resident value has left"
+        assert self.left.keys() <= rows.keys(), "a deleted value has left"

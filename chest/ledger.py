@@ -15,13 +15,14 @@ import logging
 import operator
 import pickle
 from array import array
-from collections.abc import Hashable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from itertools import groupby, islice, repeat
 from typing import Any
 
-from chest.columns import Block, Entry, Frame, Keys, decode, encode
+from chest.columns import Block, Entry, Frame, Keys, Puts, decode, encode
+from chest.filenames import pack_number
 
-UNSAVED = -1  # the row of a key whose value no commit holds
+UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
 FRAME_KEYS = 1 << 16
 
 logger = logging.getLogger("chest")
@@ -38,7 +39,8 @@ class Ledger:
     Attributes
     ----------
     rows : dict
-        Every key, in order, with its row or `UNSAVED`; replaced as a whole when cleared.
+        Every key, in order, with its row, or with ``~serial`` as long as no commit holds its
+        value; replaced as a whole when cleared.
     records : int
         How many records the frames held; where it is far above ``len(rows)`` the log wants
         compacting.
@@ -50,6 +52,10 @@ class Ledger:
         The lower-case forms of the names in use that have capital letters, folders among them.
     unreadable : dict of bytes to int
         Keys that cannot be read here, as they were pickled, with their rows.
+    packs : dict of str to int
+        Every pack that is known, with the bytes of those of its values that are alive.
+    retired : int
+        How many bytes of values in packs are needed no more since this ledger was made.
     changed : dict
         Keys that others replaced or deleted, with the digests of the values they had here; for
         the user of the ledger to act on, and to take out.
@@ -63,6 +69,8 @@ class Ledger:
         self.obsolete: list[Entry] = []
         self.folded: set[str] = set()
         self.unreadable: dict[bytes, int] = {}
+        self.packs: dict[str, int] = {}
+        self.retired = 0
         self.changed: dict[Any, int] = {}
         self._files: list[str] = []
         self._places = array("Q")
@@ -71,7 +79,6 @@ class Ledger:
         self._serials = array("Q")
         self._next_serial = 0
         self._in_order = True
-        self._new: dict[Any, int] = {}  # serials of the keys that are UNSAVED
         self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
         self._cleared: dict[Any, int] | None = None  # not committed yet: what `rows` was
 
@@ -79,17 +86,16 @@ class Ledger:
 
     def add(self, key: Hashable) -> None:
         """Take in a key that is not there; at the end of the order."""
-        self._new[key] = self._next_serial
-        self._next_serial += 1
-        self.rows[key] = UNSAVED
+        serial = self._next_serial
+        self._next_serial = serial + 1  # first: an interrupt may skip a number, not give it twice
+        self.rows[key] = ~serial
 
     def delete(self, key: Hashable) -> None:
         """Delete `key`; the next commit will say so."""
         row = self.rows[key]  # asks for the hash even where there is no key: see dict.__delitem__
-        if row != UNSAVED:
+        if row >= 0:
             self._deleted[key] = row
         del self.rows[key]
-        self._new.pop(key, None)
 
     def clear(self) -> None:
         """Delete every key; the next commit will say so in one word."""
@@ -98,7 +104,7 @@ class Ledger:
         else:
             cleared, deleted = self._cleared, self._deleted | dict(self.stored())
         # No call from here on: an interrupt finds all of it or nothing.
-        self._cleared, self._deleted, self.rows, self._new = cleared, deleted, {}, {}
+        self._cleared, self._deleted, self.rows = cleared, deleted, {}
 
     def mend(self) -> None:
         """Put right what an interrupt left half done: a key is what `rows` says."""
@@ -106,15 +112,9 @@ class Ledger:
             self._cleared = None
         stored = dict(self.stored())
         self._deleted = {key: row for key, row in self._deleted.items() if key not in stored}
-        unsaved = [key for key, row in self.rows.items() if row == UNSAVED]
-        for key in unsaved:
-            if key not in self._new:
-                self._new[key] = self._next_serial
-                self._next_serial += 1
-        self._new = {key: self._new[key] for key in unsaved}
 
     def _delete_all(self, rows: dict[Any, int]) -> None:
-        self._deleted.update((key, row) for key, row in rows.items() if row != UNSAVED)
+        self._deleted.update((key, row) for key, row in rows.items() if row >= 0)
 
     @property
     def pending(self) -> bool:
@@ -126,64 +126,126 @@ class Ledger:
         """Return where the value of a row lies."""
         return Entry(self._files[row], self._places[row], self._lengths[row], self._digests[row])
 
+    def where(self, row: int) -> tuple[str, int, int, int]:
+        """Return what `entry` does, as a plain tuple, which is made quicker."""
+        return self._files[row], self._places[row], self._lengths[row], self._digests[row]
+
+    def span(self, rows: range) -> tuple[str, int, array[int], array[int]] | None:
+        """Return pack, place, lengths and digests of rows whose values lie there end to end."""
+        first, last = rows[0], rows[-1]
+        file, place = self._files[first], self._places[first]
+        lengths = self._lengths[first : last + 1]
+        if file not in self.packs or self._files[first : last + 1].count(file) != len(rows):
+            return None
+        if self._places[last] + lengths[-1] - place != sum(lengths):
+            return None
+        return file, place, lengths, self._digests[first : last + 1]
+
     def digest(self, key: Hashable) -> int:
         """Return the digest of the stored value of `key`, -1 if no commit holds one."""
         row = self.rows[key]
-        return -1 if row == UNSAVED else self._digests[row]
+        return -1 if row < 0 else self._digests[row]
+
+    def digests(self, keys: Iterable[Any]) -> Iterator[int]:
+        """Return the digests of the stored values of keys that a commit holds."""
+        return map(self._digests.__getitem__, map(self.rows.__getitem__, keys))
 
     def stored(self) -> Iterator[tuple[Any, int]]:
         """Yield the keys that a commit holds, with their rows."""
-        return ((key, row) for key, row in self.rows.items() if row != UNSAVED)
+        return ((key, row) for key, row in self.rows.items() if row >= 0)
+
+    def _unsaved(self) -> Iterator[tuple[Any, int]]:
+        """Yield the keys that no commit holds, with the complements of their serials."""
+        return ((key, row) for key, row in self.rows.items() if row < 0)
 
     def files(self) -> set[str]:
         """Return every file that the committed state names."""
         rows = [*self.rows.values(), *self.unreadable.values(), *self._deleted.values()]
         rows += (self._cleared or {}).values()
-        return {self._files[row] for row in rows if row != UNSAVED}
+        return {self._files[row] for row in rows if row >= 0}
+
+    def dead_packs(self) -> list[str]:
+        """Return the packs of which the committed state needs nothing."""
+        return [name for name, alive in self.packs.items() if not alive]
+
+    def is_packed(self, key: Hashable) -> bool:
+        """Tell whether the stored value of `key` lies in a pack."""
+        row = self.rows.get(key, UNSAVED)
+        return row >= 0 and self._files[row] in self.packs
+
+    def packed_in(self, names: Collection[str]) -> list[tuple[Any, int]]:
+        """Return the keys whose stored values lie in certain packs, with their rows."""
+        files = self._files
+        return [(key, row) for key, row in self.stored() if files[row] in names]
 
     # -- commits ---------------------------------------------------------------------------------
 
     def encode(
-        self, puts: dict[Any, Entry], serializer: tuple[str, bool | None], *, first: bool = True
+        self, blocks: Iterable[Puts], serializer: tuple[str, bool | None], *, first: bool = True
     ) -> list[bytes]:
-        """Return the payloads that record `puts` and every deletion that is pending.
+        """Return the payloads that record what is put and every deletion that is pending.
 
         With ``first=False`` they go on with the commit that earlier payloads began.
         """
-        items = ((key, self._serial(key), entry) for key, entry in puts.items())
+        batches = _in_batches((self._serials_of(puts.keys), puts) for puts in blocks)
         start = encode(
-            list(islice(items, FRAME_KEYS)),
+            next(batches, []),
             first=first,
             cleared=self._cleared is not None,
             serializer=serializer,
-            left=self.obsolete if first else (),
+            left=[*self.obsolete, *self._left_packs()] if first else (),
             deleted=self._deleted,
         )
-        return [start, *_encode_rest(items)]
+        return [start, *map(encode, batches)]
+
+    def _left_packs(self) -> list[Entry]:
+        return [Entry(name, 0, 0, 0) for name in self.dead_packs()]
+
+    def _serials_of(self, keys: list[Any]) -> list[int]:
+        rows = [*map(self.rows.__getitem__, keys)]
+        if max(rows, default=0) < 0:  # all are new
+            return [*map(operator.invert, rows)]
+        return [*map(self._serial, keys)]
 
     def _serial(self, key: Hashable) -> int:
         row = self.rows[key]
-        return self._new[key] if row == UNSAVED else self._serials[row]
+        return ~row if row < 0 else self._serials[row]
 
     def committed_rows(self) -> dict[Any, int]:
         """Return the keys that are stored as of the last commit, with their rows."""
         rows = {**(self._cleared or {}), **self._deleted, **dict(self.stored())}
-        return {key: row for key, row in rows.items() if row != UNSAVED}
+        return {key: row for key, row in rows.items() if row >= 0}
 
     def revert(self) -> None:
         """Forget what is pending: keys that were added go, those that were deleted are back."""
         self.rows = self.committed_rows()
-        self._new, self._deleted, self._cleared = {}, {}, None
+        self._deleted, self._cleared = {}, None
         self._in_order = False
 
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
         rows = self.committed_rows()
-        items = ((key, self._serials[row], self.entry(row)) for key, row in rows.items())
+        by_file = sorted(rows.items(), key=self._pack_and_place)
+        blocks = []
+        for pack, group in groupby(by_file, lambda item: self._pack_of(item[1])):
+            keys, numbers = zip(*group, strict=True)
+            files = pack or [self._files[row] for row in numbers]
+            columns = (self._places, self._lengths, self._digests)
+            puts = Puts([*keys], files, *([column[row] for row in numbers] for column in columns))
+            blocks.append(([self._serials[row] for row in numbers], puts))
         names = [encode([], serializer=name) for name in self.serializers.items()]
-        return [encode([], first=True, left=self.obsolete), *names, *_encode_rest(items)]
+        left = [*self.obsolete, *self._left_packs()]
+        return [encode([], first=True, left=left), *names, *map(encode, _in_batches(blocks))]
 
-    def committed(self, puts: dict[Any, Entry], serializer: tuple[str, bool | None]) -> None:
+    def _pack_of(self, row: int) -> str:
+        """Return the pack that a row's value lies in, nothing if it has a file of its own."""
+        name = self._files[row]
+        return name if name in self.packs else ""
+
+    def _pack_and_place(self, item: tuple[Any, int]) -> tuple[str, int]:
+        return self._pack_of(item[1]), self._places[item[1]]
+
+    def committed(self, blocks: Iterable[Puts], serializer: tuple[str, bool | None]) -> None:
         """Take in the chest's own commit, which `encode` has recorded."""
         gone = [*self._deleted.values(), *(self._cleared or {}).values()]
         if self._cleared is not None:
@@ -191,29 +253,36 @@ class Ledger:
             self.unreadable = {}
         self.records += len(self._deleted)
         self._deleted, self._cleared = {}, None
-        serials = array("Q", map(self._serial, puts))
-        base = self._add_rows(list(puts.values()), serials)
-        self._replace(list(puts), range(base, base + len(puts)))
-        for row in gone:
-            self._retire(row)
+        for puts in blocks:
+            rows = self._add_rows(puts, array("Q", self._serials_of(puts.keys)))
+            self._replace(puts.keys, rows)
+        self._retire(gone)
         self.serializers[serializer[0]] = serializer[1]
 
-    def _add_rows(self, entries: list[Entry], serials: array[int]) -> int:
-        """Add rows; return the number of the first."""
-        base = len(self._files)
-        self._files += [entry.file for entry in entries]
-        self._places += array("Q", [entry.place for entry in entries])
-        self._lengths += array("Q", [entry.length for entry in entries])
-        self._digests += array("Q", [entry.digest for entry in entries])
+    def _add_rows(self, puts: Puts, serials: array[int]) -> range:
+        """Add rows; return their numbers."""
+        base, n = len(self._files), len(puts.keys)
+        if isinstance(puts.files, str):
+            self._fill(puts.files, puts.lengths)
+            self._files += [puts.files] * n
+        else:
+            self._note_capitals(puts.files)
+            self._files += puts.files
+        self._places.extend(puts.places)
+        self._lengths.extend(puts.lengths)
+        self._digests.extend(puts.digests)
         self._serials += serials
-        self.records += len(entries)
-        self._note_capitals(self._files[base:])
-        return base
+        self.records += n
+        return range(base, base + n)
+
+    def _fill(self, pack: str, lengths: Iterable[int]) -> None:
+        self.packs[pack] = self.packs.get(pack, 0) + sum(lengths)
 
     def take(self, entries: dict[Any, Entry]) -> None:
         """Take in what an index of another format says."""
-        base = self._add_rows(list(entries.values()), array("Q", range(len(entries))))
-        self.rows.update(zip(entries, range(base, base + len(entries)), strict=True))
+        if entries:
+            rows = self._add_rows(Puts.of(entries), array("Q", range(len(entries))))
+            self.rows.update(zip(entries, rows, strict=True))
         self._next_serial = len(entries)
 
     def apply(self, payload: bytes) -> None:
@@ -227,7 +296,7 @@ class Ledger:
         frame = decode(payload)
         self._apply_head(frame)
         if frame.first:  # what earlier commits deleted, too, may come back as a new key
-            self._deleted = {key: row for key, row in self._deleted.items() if row != UNSAVED}
+            self._deleted = {key: row for key, row in self._deleted.items() if row >= 0}
         if frame.cleared:
             self._apply_clear()
         if self._cleared is not None:  # from here on "everything" would be too much
@@ -236,15 +305,14 @@ class Ledger:
         deleted, unread = self._read_keys(frame.deleted)
         for key in deleted:
             if key in self._deleted:  # stays deleted, whatever becomes of it there
-                self._retire(self._deleted[key])
+                self._retire([self._deleted[key]])
                 self._deleted[key] = UNSAVED
             row = self.rows.get(key, UNSAVED)
-            if row != UNSAVED:
+            if row >= 0:
                 self._tell([(key, row)])
                 del self.rows[key]
-                self._retire(row)
-        for data in unread:
-            self._retire(self.unreadable.pop(data, UNSAVED))
+                self._retire([row])
+        self._retire(self.unreadable.pop(data, UNSAVED) for data in unread)
         self.records += len(deleted)
         for block in frame.blocks:
             self._put(block)
@@ -252,12 +320,14 @@ class Ledger:
     def _tell(self, rows: Iterable[tuple[Any, int]]) -> None:
         """Note that keys are about to be replaced or deleted, before an interrupt can come."""
         for key, row in rows:
-            if row != UNSAVED:
+            if row >= 0:
                 self.changed.setdefault(key, self._digests[row])
 
     def _apply_head(self, frame: Frame) -> None:
         if frame.first:
-            self.obsolete = [*frame.left]
+            packs = [entry.file for entry in frame.left if pack_number(entry.file)]
+            self.obsolete = [entry for entry in frame.left if entry.file not in packs]
+            self.packs = dict.fromkeys(packs, 0) | {k: n for k, n in self.packs.items() if n}
         if frame.serializer is not None:
             name, text = frame.serializer
             self.serializers[name] = text
@@ -266,12 +336,11 @@ class Ledger:
         self._tell(self.stored())
         gone = [*dict(self.stored()).values(), *self._deleted.values(), *self.unreadable.values()]
         gone += (self._cleared or {}).values()
-        for row in gone:
-            self._retire(row)
+        self._retire(gone)
         self._delete_all(self._cleared or {})
         self._deleted = dict.fromkeys(self._deleted, UNSAVED)
         self._cleared, self.unreadable = None, {}
-        self.rows = dict.fromkeys(self._new, UNSAVED)
+        self.rows = dict(self._unsaved())
 
     def inherit(self, old: Ledger) -> None:
         """Take over what is pending in `old`, which knew the same chest from an older index.
@@ -281,32 +350,42 @@ class Ledger:
         changed = {**old.changed}
         for key, row in old.stored():
             mine = self.rows.get(key, UNSAVED)
-            if mine == UNSAVED or self.entry(mine) != old.entry(row):
-                changed.setdefault(key, old.entry(row).digest)
+            if mine < 0 or self._digests[mine] != old._digests[row]:
+                changed.setdefault(key, old._digests[row])
         self.changed = changed
         old._delete_all(old._cleared or {})
         for key, row in old._deleted.items():
-            if row != UNSAVED and key in self.rows:
+            if row >= 0 and key in self.rows:
                 self.delete(key)
-        for key, serial in old._new.items():
+        for key, row in old._unsaved():
             if key not in self.rows:
-                self.rows[key] = UNSAVED
-                self._new[key] = serial
+                self.rows[key] = row
                 self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
         self.sort()
 
-    def _retire(self, row: int) -> None:
-        if row != UNSAVED:
-            entry = self.entry(row)
-            self.obsolete.append(entry)
-            self.folded.discard(entry.file.lower())
+    def _retire(self, rows: Iterable[int]) -> None:
+        """Take note that the values of these rows are needed no more."""
+        files, packs = self._files, self.packs
+        for row in rows:
+            if row < 0:
+                continue
+            file = files[row]
+            if file in packs:
+                packs[file] -= self._lengths[row]
+                self.retired += self._lengths[row]
+            else:
+                self.obsolete.append(self.entry(row))
+                self.folded.discard(file.lower())
 
     def _put(self, block: Block) -> None:
         """Add the rows of a block."""
         base = len(self._files)
         self._note_order(block.serials)
-        self._note_capitals(block.files)
+        if block.pack is None:
+            self._note_capitals(block.files)
+        else:
+            self._fill(block.pack, block.lengths)
         self._files += block.files
         self._places += block.places
         self._lengths += block.lengths
@@ -317,24 +396,26 @@ class Ledger:
         again = {key for key in self._deleted if key in self.rows}  # and then set here
         self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():
-            self._retire(self._deleted.pop(key))
+            self._retire([self._deleted.pop(key)])
             if key not in again:  # deleted here: stays so
                 self._deleted[key] = self.rows.pop(key)
 
-    def _replace(self, keys: list[Hashable], rows: Iterable[int], *, tell: bool = False) -> None:
+    def _replace(self, keys: list[Hashable], rows: Sequence[int], *, tell: bool = False) -> None:
         """Let keys lead to new rows; with `tell`, note what was there before as changed."""
-        replaced: dict[Any, int] = {}
-        if not self.rows.keys().isdisjoint(keys):
-            replaced = {key: self.rows[key] for key in keys if key in self.rows}
-        if tell:
-            self._tell(replaced.items())
+        before = [*map(self.rows.get, keys, repeat(UNSAVED))]
+        if max(before, default=UNSAVED) < 0:
+            self.rows.update(zip(keys, rows, strict=True))
+            return
+        digests = self._digests
+        if tell:  # a value that was only moved did not change
+            old = zip(keys, before, rows, strict=True)
+            self._tell((k, b) for k, b, n in old if b >= 0 and digests[b] != digests[n])
         self.rows.update(zip(keys, rows, strict=True))
-        for key, row in replaced.items():
-            self._new.pop(key, None)
-            if row != UNSAVED and self._files[row] != self._files[self.rows[key]]:
-                self._retire(row)
+        files, packs = self._files, self.packs
+        pairs = [pair for pair in zip(before, rows, strict=True) if pair[0] >= 0]
+        self._retire(b for b, n in pairs if files[b] in packs or files[b] != files[n])
 
-    def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Iterable[int]]:
+    def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Sequence[int]]:
         plain, pickled = block.keys
         if not pickled:
             return plain, range(base, base + len(plain))
@@ -342,11 +423,11 @@ class Ledger:
         for row, data in enumerate(pickled, base + len(plain)):
             read, unread = self._read_keys(Keys([], [data]))
             if unread:
-                self._retire(self.unreadable.get(data, UNSAVED))
+                self._retire([self.unreadable.get(data, UNSAVED)])
                 self.unreadable[data] = row
             else:
                 rows[read[0]] = row
-        return list(rows), rows.values()
+        return list(rows), list(rows.values())
 
     def _read_keys(self, keys: Keys) -> tuple[list[Any], list[bytes]]:
         """Return the keys that can be read, in order, and the pickles of those that cannot."""
@@ -391,7 +472,7 @@ class Ledger:
         """Assert every invariant."""
         columns = (self._places, self._lengths, self._digests, self._serials)
         assert {*map(len, columns)} == {len(self._files)}, "columns of different lengths"
-        assert self._new.keys() == {key for key, row in self.rows.items() if row == UNSAVED}
+        assert all(~row < self._next_serial for _, row in self._unsaved())
         assert all(row < len(self._files) for row in self.rows.values())
         assert not self._deleted.keys() & dict(self.stored()).keys(), "stored and deleted"
 
@@ -404,6 +485,19 @@ def _load_key(data: bytes, trusted: bool) -> Hashable:
     return key
 
 
-def _encode_rest(items: Iterator[tuple[Any, int, Entry]]) -> Iterator[bytes]:
-    while batch := list(islice(items, FRAME_KEYS)):
-        yield encode(batch)
+def _in_batches(blocks: Iterable[tuple[list[int], Puts]]) -> Iterator[list[tuple[Any, Puts]]]:
+    """Yield blocks, cut so that those of one frame are not too large."""
+    batch: list[tuple[Any, Puts]] = []
+    room = FRAME_KEYS
+    for serials, puts in blocks:
+        for start in range(0, len(serials), FRAME_KEYS):
+            part = range(start, min(start + FRAME_KEYS, len(serials)))
+            if batch and len(part) > room:
+                yield batch
+                batch, room = [], FRAME_KEYS
+            whole = len(part) == len(serials)
+            some = puts if whole else puts.pick(part)
+            batch.append((serials[part.start : part.stop], some))
+            room -= len(part)
+    if batch:
+        yield batch

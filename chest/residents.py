@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import os
+import pickle
 import shutil
 import sys
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
-from itertools import count
+from collections.abc import Callable, Hashable, Iterable
+from itertools import compress, count, filterfalse
 from typing import Any, NoReturn, Self
 
 from chest.columns import Entry, is_plain
@@ -32,8 +34,9 @@ from chest.errors import (
 from chest.eviction import Eviction
 from chest.hands import Hands
 from chest.ledger import UNSAVED, Ledger
+from chest.loads import Loads
 from chest.options import Options
-from chest.serialize import SMALL, Serializer, UndumpableError, changeable
+from chest.serialize import SMALL, Serializer, UndumpableError, changeable, digest_bytes
 from chest.sizes import nbytes as default_nbytes
 from chest.store import Store, told
 
@@ -43,7 +46,7 @@ PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of t
 TEMPORARY_BYTES = 4096  # about what a directory with an empty index takes
 NEVER = -1  # what the head never holds: every operation finds a difference, and catches up
 TRIES = 3  # times that a value is read which others replace in the meantime
-LOST = 1.0  # seconds between two looks at a load that another thread began
+STEP = 1024  # values dumped at a time
 TOUCHES = 64  # how often a value is handed out between two looks at its size
 
 MISSING: Any = object()
@@ -80,7 +83,7 @@ class Residents(ABC):
 
     Notes
     -----
-    Every method takes the lock itself, but for those that say that they need it. `inmem`, `mark`,
+    Every method takes the lock itself, but for those that say that they need it. `inmem`, `quick`,
     `head` and `seen` may be used without it.
     """
 
@@ -100,8 +103,7 @@ class Residents(ABC):
 
     def _make_lock(self) -> None:
         self.lock = threading.RLock()
-        self._loading: dict[Any, int] = {}  # by key: the thread that reads its value
-        self._loaded = threading.Condition(self.lock)
+        self._loads = Loads(self.lock)
 
     def _start(self) -> None:
         """Hold nothing in memory, and know nothing of the directory yet."""
@@ -112,22 +114,27 @@ class Residents(ABC):
         self._inside: set[Any] = set()  # keys whose values a transaction may have changed
         self.ledger = Ledger(self.serializer.trusts_pickle)
         self._store: Store | None = None
-        self._empty()
         self.head: Any = (0, 0)
         self.seen = 0 if self.path is None else NEVER
+        self._empty()
 
     def _empty(self) -> None:
-        self._fixed: dict[Any, Any] = {}  # of `inmem`, the values that cannot change
-        self.fixed = {} if self.in_transaction else self._fixed  # what hits look at
-        self._fresh: dict[Any, Any] = {}  # those that a transaction set
         self.inmem: dict[Any, Any] = {}
+        # Of `inmem`, the values that cannot change; `inmem` itself as long as it may be: `part`.
+        self._fixed: dict[Any, Any] = {} if self.in_transaction else self.inmem
+        self._fresh: dict[Any, Any] = {}  # those that a transaction set
         self._loose: dict[Any, None] = {}  # the keys of the others
         self._touched: dict[Any, tuple[int, int]] = {}
         self._as_loaded: dict[Any, int | None] = {}
         self.dirty: dict[Any, None] = {}
         self._hands = Hands()
         self.eviction = Eviction(self.available)
-        self.mark = self.eviction.marks.add
+        self._arm()
+
+    def _arm(self) -> None:
+        """Let hits look at what is current: they take all that they need in one step."""
+        fixed: Any = {} if self.in_transaction else self._fixed
+        self.quick = (self.head, self.seen, fixed, self.eviction.marks.add)
 
     def __enter__(self) -> Self:
         """Begin what has to be mended if it is interrupted; under the lock."""
@@ -137,6 +144,7 @@ class Residents(ABC):
         if kind is not None and (not issubclass(kind, Exception) or issubclass(kind, _ANYWHERE)):
             self._torn = True
             self.seen = NEVER
+            self.quick = (self.head, NEVER, *self.quick[2:])
 
     def _mend(self) -> None:
         """Put right what an interrupt left half done.
@@ -149,21 +157,19 @@ class Residents(ABC):
         self.ledger.mend()
         rows = self.ledger.rows
         self.inmem = {key: value for key, value in self.inmem.items() if key in rows}
-        for key in [key for key, row in rows.items() if row == UNSAVED]:
+        for key in [key for key, row in rows.items() if row < 0]:
             if key not in self.inmem:
                 self.ledger.delete(key)
             self.dirty[key] = None
         self.dirty = {key: None for key in self.dirty if key in self.inmem}
         self._as_loaded = {key: d for key, d in self._as_loaded.items() if key in rows}
         self._hands.mend(rows, self.inmem)
-        me = threading.get_ident()
-        self._loading = {key: thread for key, thread in self._loading.items() if thread != me}
+        self._loads.mend()
         self._touched, self._fixed, self._fresh, self._loose = {}, {}, {}, {}
         self.eviction = Eviction(self.available)
-        self.mark = self.eviction.marks.add
+        self._arm()
         for key, value in self.inmem.items():
             self._enter(key, value, self.measure(value), 1)
-        self.fixed = {} if self.in_transaction else self._fixed
         self._torn = False
 
     def start_anew(self) -> None:
@@ -245,6 +251,7 @@ class Residents(ABC):
         self.ledger = store.ledger
         self.head = store.index.head
         self.seen = NEVER if self.in_transaction or self._torn else store.index.seen
+        self._arm()
         store.index.publishing = -1
 
     def _absorb(self) -> None:
@@ -263,6 +270,11 @@ class Residents(ABC):
                 else:
                     self._forget(key)
             changed.pop(key, None)
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether a hook, or whatever is not pickle itself, has to see each value that is read."""
+        return self.options.on_miss is not None or not self.serializer.direct
 
     # -- values that come ------------------------------------------------------------------------
 
@@ -290,7 +302,6 @@ class Residents(ABC):
             self._check_key(key)
         self._note(key)
         uses = self.eviction.uses(key)
-        self._fixed.pop(key, None)  # so that hits of others come to `get`
         self.dirty[key] = None
         self._discard(key)
         self._enter(key, value, size, max(uses, 1))
@@ -299,26 +310,78 @@ class Residents(ABC):
         else:
             self._settle(self._hands.empty())
 
+    def _add(self, key: str, value: Any, size: int) -> bool:
+        """Add a new key with a value that cannot change, where that is all there is to do.
+
+        This is `put` for small records by the million, step by step what it does.
+        """
+        try:
+            self.lock.acquire()
+            ledger, eviction = self.ledger, self.eviction
+            if (
+                self.head[1] != self.seen
+                or key in ledger.rows
+                or self._hands.held
+                or eviction.total + size > self.available
+                or self.readonly
+            ):
+                return False
+            ledger.add(key)
+            self.dirty[key] = None
+            self.inmem[key] = value
+            if self._fixed is not self.inmem:
+                self._fixed[key] = value
+            eviction.enroll(key, size)
+            return True
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        finally:
+            try:  # noqa: SIM105 -- no call before: interrupts come with calls
+                self.lock.release()
+            except RuntimeError:
+                pass  # it was interrupted before it had the lock
+
     def _check_key(self, key: Hashable) -> None:
         if not self.serializer.trusts_pickle and not is_plain(key):
             raise KeyTypeError(key, f"only {PLAIN_KEYS}, when the values are not pickles")
 
     def _enter(self, key: Hashable, value: Any, size: int, uses: int) -> None:
         """Make a value resident."""
-        self.inmem[key] = value
         self._hands.forget(key)
         if changeable(value):
             self._loose[key] = None
+            self._hide(key)
+            self.inmem[key] = value
+            self.eviction.enroll(key, size, uses)
         elif self.in_transaction:
+            self.inmem[key] = value
             self._fresh[key] = value  # a hit that began before may be looking at `_fixed`
+            self.eviction.enroll(key, size, uses)
         else:
+            self._enter_fixed(key, value, size, uses)
+
+    def _enter_fixed(self, key: Hashable, value: Any, size: int, uses: int = 1) -> None:
+        self.inmem[key] = value
+        if self._fixed is not self.inmem:
             self._fixed[key] = value
         self.eviction.enroll(key, size, uses)
 
-    def _discard(self, key: Hashable) -> None:
-        """Take a value out of all that goes with `inmem`."""
+    def part(self) -> None:
+        """Let `inmem` be a dict of its own from now on; needs the lock."""
+        if self._fixed is self.inmem:
+            self.inmem = self.inmem.copy()
+
+    def _hide(self, key: Hashable) -> None:
+        """Let hits not find a value."""
+        self.part()
         self._fixed.pop(key, None)
         self._fresh.pop(key, None)
+
+    def _discard(self, key: Hashable) -> None:
+        """Take a value out of all that goes with `inmem`."""
+        if self._fixed is not self.inmem:
+            self._hide(key)
         self._loose.pop(key, None)
         self._touched.pop(key, None)
         self.eviction.discard(key)
@@ -332,8 +395,9 @@ class Residents(ABC):
         """Return the value of a key; where it is resident, without a lock."""
         value = self.inmem.get(key, MISSING)
         if value is MISSING:
-            return self.fetch(key)
-        self.mark(key)
+            value = self._get_packed(key)
+            return self.fetch(key) if value is MISSING else value
+        self.eviction.marks.add(key)
         size, touches = self._touched.get(key, (_shallow_size(value), 0))
         if touches == TOUCHES or size != _shallow_size(value):
             self._measure_again(key, value)
@@ -347,6 +411,12 @@ class Residents(ABC):
         # the hand.
         same = self.inmem.get(key, MISSING) is value and key in self.ledger.rows
         return value if same and not self.in_transaction else self.fetch(key)
+
+    def peek(self, key: Hashable) -> Any:
+        """Return the value of a key; one that has to be read pushes no other out of memory."""
+        if self.head[1] != self.seen:
+            self.catch_up()
+        return self.get(key) if key in self.inmem else self.fetch(key, stream=True)
 
     def _measure_again(self, key: Hashable, value: Any) -> None:
         """Count a value that is in use with the size that it has by now."""
@@ -403,22 +473,71 @@ class Residents(ABC):
                 entry = self._begin_load(key, stream)
                 if not isinstance(entry, Entry):
                     return entry[0]
-                value = self._load(key, entry, tell=tries == 1)
+                value, again = self._load(key, entry, tell=tries == 1)
                 if value is MISSING:
                     continue
                 crowded = stream and entry.length > self.available - self.eviction.total
                 size = entry.length if crowded else self.measure(value)
-                digest = self._digest_as_loaded(value, entry)
+                digest = entry.digest if again else self._digest_as_loaded(value, entry)
                 with self.lock, self:
                     taken = self._take_in(key, entry, value, size, digest, uses, stream)
                 if taken or tries == TRIES:  # it was the value when the read began
                     return value
             finally:
                 if entry.__class__ is not tuple:
-                    self._loading.pop(key, None)  # with no call before: interrupts come with calls
+                    # With no call before: interrupts come with calls.
+                    self._loads.threads.pop(key, None)
                     with self.lock:
-                        self._loaded.notify_all()
+                        self._loads.tell()
         return MISSING
+
+    def _get_packed(self, key: Hashable) -> Any:
+        """Return the value of a key from a pack that is open; `MISSING` where there is more to do.
+
+        This is `fetch` for small records by the million, step by step what it does.
+        """
+        ledger, store, me = self.ledger, self._store, threading.get_ident()
+        row = ledger.rows.get(key, UNSAVED)
+        if row < 0 or store is None or self.reads_alone or self.head[1] != self.seen:
+            return MISSING
+        where = ledger.where(row)
+        stream = store.packs.peek(*where)
+        if stream is None or self._loads.threads.setdefault(key, me) is not me:  # each is a new int
+            return MISSING
+        taken = False
+        try:
+            try:
+                value = pickle.loads(stream)
+            except Exception:  # noqa: BLE001 -- `fetch` tells
+                return MISSING
+            size = self.measure(value)
+            fixed = not changeable(value)
+            digest = where[3] if fixed else self._digest_as_loaded(value, Entry(*where))
+            with self.lock:
+                if self.ledger is not ledger or self.head[1] != self.seen:
+                    return MISSING
+                if (
+                    fixed
+                    and ledger.rows.get(key) == row
+                    and key not in self.inmem
+                    and key not in self._hands.left
+                    and not self._hands.held
+                    and self.eviction.total + size <= self.available
+                ):
+                    self._enter_fixed(key, value, size)
+                    taken = True
+                else:
+                    taken = self._take_in(key, Entry(*where), value, size, digest, 1, False)
+                self._loads.threads.pop(key, None)  # before anybody else gets the lock
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        finally:
+            if self._loads.waiting or not taken:
+                self._loads.threads.pop(key, None)
+                with self.lock:
+                    self._loads.tell()
+        return value if taken else MISSING
 
     def _take_in(
         self,
@@ -435,7 +554,7 @@ class Residents(ABC):
             return False
         if digest != entry.digest:
             self._as_loaded[key] = digest
-        self._loading.pop(key, None)  # before anybody else gets the lock
+        self._loads.threads.pop(key, None)  # before anybody else gets the lock
         self._admit(key, value, size, uses, stream)
         return True
 
@@ -449,12 +568,12 @@ class Residents(ABC):
         me = threading.get_ident()
         locked = self.lock._is_owned()  # type: ignore[attr-defined]  # as Condition asks it
         with self.lock, self:
-            nested = locked or me in self._loading.values()
+            nested = locked or me in self._loads.threads.values()
             while True:
                 if self._torn:
                     self.catch_up()
                 if key in self.inmem:
-                    self.mark(key)
+                    self.eviction.marks.add(key)
                     value = self.inmem[key]
                     if key in self._loose:
                         self._hold(key, value)  # which may make room, and let go of it
@@ -468,13 +587,13 @@ class Residents(ABC):
                         self._admit(key, value, size, 0, stream=stream)
                         return (value,)
                     continue  # what measures it replaced or deleted it
-                if row == UNSAVED:
+                if row < 0:
                     raise KeyError(key)
-                if self._loading.setdefault(key, me) == me or nested:
+                if self._loads.threads.setdefault(key, me) == me or nested:
                     return self.ledger.entry(row)
-                self._loaded.wait(LOST)  # an interrupt may have come before it was told
+                self._loads.wait()
 
-    def _load(self, key: Hashable, entry: Entry, *, tell: bool) -> Any:
+    def _load(self, key: Hashable, entry: Entry, *, tell: bool) -> tuple[Any, bool]:
         if tell and self.options.on_miss is not None:
             self.options.on_miss(key)
         try:
@@ -483,44 +602,46 @@ class Residents(ABC):
             with self.lock:
                 self.catch_up()
                 row = self.ledger.rows.get(key, UNSAVED)
-                if row != UNSAVED and self.ledger.entry(row) == entry:
+                if row >= 0 and self.ledger.entry(row) == entry:
                     return self._read_locked(key, entry)
-            return MISSING  # another handle replaced it meanwhile: the caller looks again
+            return MISSING, False  # another handle replaced it meanwhile: the caller looks again
 
-    def _read_locked(self, key: Hashable, entry: Entry) -> Any:
+    def _read_locked(self, key: Hashable, entry: Entry) -> tuple[Any, bool]:
         """Read once more, now that no other thread can replace a value and set it back."""
         try:
             return self.store.read(key, entry)
         except CorruptValueError:
             row = self.ledger.rows.get(key, UNSAVED)
-            if row != UNSAVED and self.ledger.entry(row) == entry:
+            if row >= 0 and self.ledger.entry(row) == entry:
                 raise
-            return MISSING  # what opens or loads it replaced it
+            return MISSING, False  # what opens or loads it replaced it
 
     def _admit(self, key: Hashable, value: Any, size: int, uses: int, stream: bool) -> None:
         """Make a stored value resident if it may be, and put it in this thread's hand."""
         room = self.available - self.eviction.total if stream else self.available
         self._note(key)
-        released = self._hands.hold(key, value)
+        hands = self._hands
+        keep = size > room or changeable(value)
+        released = hands.hold(key, value) if keep else hands.empty()
         if size <= room:
             self._enter(key, value, size, uses)
         else:
-            self._hands.leave(key, value)
+            hands.leave(key, value)
         # Only now: both may commit, and then find that another handle replaced or deleted the key.
         self._settle(released)
         self._make_room()
 
-    def offer(self, key: Hashable, entry: Entry, value: Any) -> None:
+    def offer(self, key: Hashable, entry: Entry, value: Any, again: bool) -> None:
         """Make a value resident that was read from `entry`, unless that is history."""
         size = self.measure(value)
-        digest = self._digest_as_loaded(value, entry)
+        digest = entry.digest if again else self._digest_as_loaded(value, entry)
         with self.lock, self:
             self._take_in(key, entry, value, size, digest, 1, False)
 
     def _wants(self, key: Hashable, entry: Entry) -> bool:
         """Tell whether what was read from `entry` is the value, and the only copy of it."""
         row = self.ledger.rows.get(key, UNSAVED)
-        current = row != UNSAVED and self.ledger.entry(row) == entry
+        current = row >= 0 and self.ledger.entry(row) == entry
         return current and self.in_memory(key) is MISSING
 
     def has(self, key: Hashable) -> bool:
@@ -581,7 +702,7 @@ class Residents(ABC):
         for n, (key, value) in enumerate(released):
             try:
                 row = self.ledger.rows.get(key, UNSAVED)
-                if row != UNSAVED and self._differs(key, value, self.ledger.digest(key)):
+                if row >= 0 and self._differs(key, value, self.ledger.digest(key)):
                     self._revive(key, value)
                     changed.append(key)
                 else:
@@ -604,11 +725,34 @@ class Residents(ABC):
 
     def _revive_changed(self) -> None:
         """Find every value that changed in place, in memory and alive elsewhere."""
-        for key in [key for key in self._loose if key not in self.dirty]:
-            self._must_write(key)
+        if not self.options.writeback:
+            return
+        clean = [*filterfalse(self.dirty.__contains__, self._loose)]
+        large = self.eviction.large() if clean else set()
+        for start in range(0, len(clean), STEP):
+            keys = clean[start : start + STEP]
+            for key in self._suspects(keys, large) if self.serializer.direct else keys:
+                self._must_write(key)
         for key, value in self._hands.alive():
             if self._hands.get(key) is value and self._differs(key, value, self.ledger.digest(key)):
                 self._revive(key, value)
+
+    def _suspects(self, keys: list[Any], large: set[Hashable]) -> list[Any]:
+        """Return those of `keys` that have to be looked at one by one: no others have changed.
+
+        Small values are pickled and compared in few steps.
+        """
+        small = [*filterfalse(large.__contains__, keys)] if large else keys
+        try:
+            expected: Iterable[Any] = self.ledger.digests(small)
+            if self._as_loaded:
+                expected = map(self._as_loaded.get, small, expected)
+            expected = [*expected]
+            streams: Any = self.serializer.dumps_all([*map(self.inmem.__getitem__, small)])
+            changed = [*compress(small, map(operator.ne, expected, map(digest_bytes, streams)))]
+        except (KeyError, TypeError):  # what is pickled deletes others, or cannot be
+            return keys
+        return changed if small is keys else [*changed, *filter(large.__contains__, keys)]
 
     def in_memory(self, key: Hashable) -> Any:
         """Return the value of a key that is resident or alive elsewhere, `MISSING` if none is."""
@@ -663,8 +807,7 @@ class Residents(ABC):
     def delete(self, key: Hashable) -> None:
         """Delete a key without reading its value; needs the lock."""
         with self:
-            self._fixed.pop(key, None)  # first, so that no hit finds what `in` does not
-            self._fresh.pop(key, None)
+            self._hide(key)  # first, so that no hit finds what `in` does not
             self.ledger.delete(key)
             self._forget(key)
 
@@ -677,7 +820,8 @@ class Residents(ABC):
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
         with self:
-            self._fixed = self.fixed = {}  # first, so that no hit finds what `in` does not
+            self._fixed = {}  # first, so that no hit finds what `in` does not
+            self._arm()
             self.ledger.clear()
             self._empty()
 

@@ -17,12 +17,15 @@ import builtins
 import errno
 import functools
 import io
+import os
 import pickle
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from itertools import chain, islice, repeat
 from typing import IO, Any
 
 import xxhash
@@ -37,6 +40,7 @@ Open = Callable[..., IO[Any]]
 
 digest_bytes = xxhash.xxh3_64_intdigest
 
+_PROTOCOL = repeat(5)
 _PICKLE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib"}
 _DISK_ERRNOS = {
     errno.ENOSPC,
@@ -98,11 +102,19 @@ def changeable(value: object) -> bool:
     if kind in _ATOMS:
         return False
     if kind is tuple or kind is frozenset:
+        if _ATOMS.issuperset(map(type, value)):  # type: ignore[call-overload]  # iterable then
+            return False
         try:
-            return any(map(changeable, value))  # type: ignore[call-overload]  # iterable then
+            return any(map(changeable, value))  # type: ignore[call-overload]
         except RecursionError:
             return True
     return not _is_frozen_array(value)
+
+
+def any_changeable(values: Sequence[Any]) -> bool:
+    """Tell whether any of `values` could change, for many of one kind in one step."""
+    parts = chain.from_iterable(values) if {*map(type, values)} == {tuple} else values
+    return not _ATOMS.issuperset(map(type, parts)) and any(map(changeable, values))
 
 
 def _is_frozen_array(value: Any) -> bool:
@@ -151,6 +163,10 @@ class Serializer:
         Whether ``load`` gets a text file; None as long as nobody knows.
     trusts_pickle : bool
         Whether ``load`` is pickle's or one that runs pickles too, so that keys may be pickles.
+    packs : bool
+        Whether streams may lie in packs, which ``open`` does not see.
+    direct : bool
+        Whether ``dump``, ``load`` and ``open`` are those of every chest.
     """
 
     def __init__(self, dump: Dump, load: Load, open: Open, mode: str | None) -> None:
@@ -164,8 +180,9 @@ class Serializer:
         loader = _unwrap(load)
         module = getattr(loader, "__module__", None) or ""
         self.trusts_pickle = module.partition(".")[0] in _PICKLE_MODULES
+        self.packs = open is builtins.open
+        self.direct = dump is dump_pickle and load is pickle.load and self.packs
         self._streams = loader is pickle.load  # reads front to back, never by name
-        self._direct = dump is dump_pickle and load is pickle.load and open is builtins.open
 
     def write(self, value: object, path: str, size: int) -> tuple[int, int]:
         """Write `value` to the new file `path`; return its stream's length and digest.
@@ -185,9 +202,9 @@ class Serializer:
         Exception
             Whatever ``dump`` raised, wrapped in `UndumpableError`.
         """
-        if self._direct and size < SMALL:
+        if self.direct and size < SMALL:
             data = self._dumped(value)
-            _write_new(path, data)
+            write_new(path, data)
             return len(data), digest_bytes(data)
         with self._create(path) as file:
             sink = HashingWriter(file)
@@ -197,7 +214,7 @@ class Serializer:
         return sink.length, sink.digest()
 
     def _create(self, path: str) -> IO[Any]:
-        if self._direct:
+        if self.direct:
             return builtins.open(path, "xb", buffering=0)
         return self.open(path, mode="wb")
 
@@ -210,6 +227,35 @@ class Serializer:
             raise UndumpableError(error) from error
         finally:
             storing.active = active
+
+    def dumps_all(self, values: Sequence[Any]) -> list[bytes | UndumpableError | None]:
+        """Return the streams of values, or the errors in their places; None if it needs a file."""
+        if not self.direct:
+            return [self._dumps(value) for value in values]
+        streams: list[Any] = []
+        active = storing.active
+        storing.active = [*active, self]
+        try:
+            while len(streams) < len(values):
+                try:
+                    # What comes before an error is in the list by then.
+                    streams.extend(map(pickle.dumps, islice(values, len(streams), None), _PROTOCOL))
+                    if len(streams) < len(values):  # a map takes it for the end
+                        streams.append(UndumpableError(StopIteration("raised by a pickled object")))
+                except Exception as error:  # noqa: BLE001 -- the caller tells
+                    streams.append(UndumpableError(error))
+        finally:
+            storing.active = active
+        return streams
+
+    def _dumps(self, value: Any) -> bytes | UndumpableError | None:
+        file = io.BytesIO()
+        sink = HashingWriter(file)
+        try:
+            self._dump_into(sink, value)
+        except UndumpableError as error:
+            return None if sink.bypassed else error
+        return None if sink.bypassed else file.getvalue()
 
     def _dump_into(self, sink: HashingWriter, value: object) -> None:
         active = storing.active
@@ -237,7 +283,7 @@ class Serializer:
         UndumpableError
             If ``dump`` does not take the value.
         """
-        if self._direct and size < SMALL:
+        if self.direct and size < SMALL:
             return digest_bytes(self._dumped(value))
         sink = HashingWriter(None)
         try:
@@ -252,8 +298,14 @@ class Serializer:
         with self.open(path, mode="rb") as file:
             return HashingReader(file).finish()
 
-    def read(self, path: str, length: int, digest: int) -> Any:
+    def read(self, path: str, length: int, digest: int) -> tuple[Any, bool]:
         """Load the value that `path` holds.
+
+        Returns
+        -------
+        value : object
+        again : bool
+            Whether to dump it is sure to give the same stream again. If not, nobody knows.
 
         Raises
         ------
@@ -264,38 +316,56 @@ class Serializer:
         OSError
             If the file cannot be read.
         """
-        if self._direct and length < SMALL:
+        if self.direct and length < SMALL:
             data = _read_small(path, length)
             if len(data) != length or digest_bytes(data) != digest:
-                raise DamagedError(_difference(length, len(data)))
-            return _loaded(pickle.loads, data)
+                raise DamagedError(difference(length, len(data)))
+            return _loaded(pickle.loads, data), False
         with self.open(path, mode="rb") as file:
             return self.read_from(file, length, digest)
 
-    def read_from(self, file: IO[Any], length: int, digest: int) -> Any:
-        """Load the value from an open binary file, at its start; raises as `read` does."""
-        return (self._stream_from if self._streams else self._verify_first)(file, length, digest)
+    def read_from(self, file: IO[Any], length: int, digest: int) -> tuple[Any, bool]:
+        """Load the value from an open binary file, at its start; as `read` does."""
+        if self._streams:
+            return self._stream_from(file, length, digest)
+        _check(HashingReader(file), length, digest, None)
+        file.seek(0)
+        return _loaded(self._load_unrecorded, file), False
+
+    def loads(self, data: bytes) -> Any:
+        """Load the value from a stream that is the right one.
+
+        Raises
+        ------
+        UnloadableError
+            If ``load`` raises.
+        """
+        if self.direct:
+            return _loaded(pickle.loads, data)
+        try:
+            return self._load_unrecorded(io.BytesIO(data))
+        except Exception:  # noqa: BLE001 -- ``load`` may want the name of a file, or more of it
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "stream")
+                write_new(path, data)
+                with builtins.open(path, "rb") as file:
+                    return _loaded(self._load_unrecorded, file)
 
     def read_unrecorded(self, file: IO[Any]) -> Any:
         """Load a stream of which nobody recorded the digest."""
         return _loaded(self._load_unrecorded, file)
 
-    def _stream_from(self, file: IO[Any], length: int, digest: int) -> Any:
+    def _stream_from(self, file: IO[Any], length: int, digest: int) -> tuple[Any, bool]:
         source = HashingReader(file)
         value = error = None
         try:
-            value = self.load(source)  # type: ignore[arg-type]  # passes for a file
+            value = pickle.load(source, buffers=source.buffers())
         except Exception as raised:  # noqa: BLE001 -- first find out whether the bytes are right
             error = raised
         _check(source, length, digest, error)
         if error is not None:
             raise _unloadable(error) from error
-        return value
-
-    def _verify_first(self, file: IO[Any], length: int, digest: int) -> Any:
-        _check(HashingReader(file), length, digest, None)
-        file.seek(0)
-        return _loaded(self._load_unrecorded, file)
+        return value, self.direct and source.gives_again(value)
 
     def _load_from(self, file: IO[Any], text: bool | None) -> Any:
         if not text:
@@ -347,10 +417,11 @@ def _check(source: HashingReader, length: int, digest: int, error: Exception | N
             raise
         raise DamagedError(_said(damage)) from damage
     if found != (length, digest):
-        raise DamagedError(_difference(length, found[0])) from error
+        raise DamagedError(difference(length, found[0])) from error
 
 
-def _difference(expected: int, found: int) -> str:
+def difference(expected: int, found: int) -> str:
+    """Say how a stream of `found` bytes, which should have `expected`, is wrong."""
     if expected != found:
         return f"it has {found} bytes where {expected} were written"
     return "its bytes are not those that were written"
@@ -364,7 +435,8 @@ def _is_disk_error(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_ERRNOS
 
 
-def _write_new(path: str, data: bytes) -> None:
+def write_new(path: str, data: bytes) -> None:
+    """Write a file that must not exist."""
     with builtins.open(path, "xb", buffering=0) as file:
         view = memoryview(data)
         while view:

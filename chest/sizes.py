@@ -158,7 +158,8 @@ def nbytes(value: object) -> int:
     >>> nbytes(Picture(640, 480))
     1228800
     """
-    return cast(int, _sizers[type(value)](value))
+    size: int = _sizers[type(value)](value)
+    return size
 
 
 def _row(value: Any) -> int:

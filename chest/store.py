@@ -21,12 +21,12 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, NamedTuple
 
-from chest.columns import Entry, FrameError, is_plain, own_entries
+from chest.columns import Entry, FrameError, Puts, is_plain, own_entries
 from chest.directory import (
     INDEX,
     Directory,
@@ -37,25 +37,44 @@ from chest.directory import (
     sync_folder,
 )
 from chest.errors import CorruptIndexError, CorruptValueError, KeyTypeError, SerializerError
-from chest.filenames import is_safe_filename
+from chest.filenames import is_safe_filename, pack_number
 from chest.index import Index, write_log
 from chest.ledger import Ledger
 from chest.old import read_old_index
 from chest.options import Options
-from chest.serialize import DamagedError, Serializer, UnloadableError
+from chest.packs import PACK_BYTES, Packs
+from chest.serialize import (
+    DamagedError,
+    Serializer,
+    UnloadableError,
+    difference,
+    digest_bytes,
+    write_new,
+)
+from chest.staging import Batch, Staged
 
 logger = logging.getLogger("chest")
 
 TRIES = 100  # times to open a directory that others drop and make
 COMPACT_RECORDS = 1000  # a log of fewer dead records is not worth a new one
+WASTE = 64 << 20  # bytes by which the dead in packs may exceed the living
+COPIED = 4096  # values that are copied at a time
 
 
-class Staged(NamedTuple):
-    """A value in a file that no index names yet."""
+class Written(NamedTuple):
+    """What commits wrote: files, and packs with the lengths that they had before."""
 
-    path: str
-    length: int
-    digest: int
+    files: list[str]
+    packs: dict[str, int]
+
+
+class Plan(NamedTuple):
+    """What a commit does: what the index will say, what is new, which staging files are moved."""
+
+    puts: list[Puts]
+    new: Written
+    moves: list[tuple[str, str]]
+    grown: list[tuple[str, int]]  # at most one pack, with the length that it has
 
 
 class Store:
@@ -83,10 +102,12 @@ class Store:
     ) -> None:
         self.serializer = serializer
         self.directory = Directory(path, options.namer)
+        self.packs = Packs(self.directory)
         self._fsync = options.fsync
         self._swept_staging = False
         self._compact_from = COMPACT_RECORDS
-        self._transaction: list[str] | None = None  # the files that it has written
+        self._transaction: Written | None = None  # what it has written
+        self._tolerated = 0  # bytes retired from packs before waste is looked for
         if reopen:
             demand(path)
         for tries in count(1):
@@ -166,13 +187,16 @@ class Store:
             ledger.apply(payload)
         ledger.inherit(self.ledger)
         self.ledger = ledger
+        self._tolerated = 0
 
-    def path_of(self, row: int) -> str:
-        """Return the path of the file that holds the value of a stored key."""
-        return self.directory.full_path(self.ledger.entry(row).file)
-
-    def read(self, key: Any, entry: Entry, file: Any = None) -> Any:
+    def read(self, key: Any, entry: Entry, file: Any = None) -> tuple[Any, bool]:
         """Load a value, from `file` if it is open already.
+
+        Returns
+        -------
+        value : object
+        again : bool
+            Whether to dump it is sure to give the same stream again. If not, nobody knows.
 
         Raises
         ------
@@ -184,10 +208,33 @@ class Store:
             If the system refuses.
         """
         path = self.directory.full_path(entry.file)
-        try:
+        with self._telling(key, path):
+            if entry.file in self.ledger.packs:
+                return self.serializer.loads(self._read_packed(entry)), False
             if file is not None:
                 return self.serializer.read_from(file, entry.length, entry.digest)
             return self.serializer.read(path, entry.length, entry.digest)
+
+    def stream(self, key: Any, entry: Entry) -> bytes:
+        """Return the stream of a value that lies in a pack; raises as `read` does."""
+        with self._telling(key, self.directory.full_path(entry.file)):
+            return self._read_packed(entry)
+
+    def _read_packed(self, entry: Entry) -> bytes:
+        name, place, length, digest = entry
+        data = self.packs.read(name, place, length)
+        if len(data) != length or digest_bytes(data) != digest:
+            self.packs.forget(name)  # another pack may have the name by now
+            data = self.packs.read(name, place, length)
+            if len(data) != length or digest_bytes(data) != digest:
+                raise DamagedError(difference(length, len(data)))
+        return data
+
+    @contextmanager
+    def _telling(self, key: Any, path: str) -> Iterator[None]:
+        """Tell whose value it is that cannot be read."""
+        try:
+            yield
         except UnloadableError as error:
             names = tuple(self.ledger.serializers)
             raise SerializerError(key, path, str(error), self.serializer.name, names) from error
@@ -212,9 +259,21 @@ class Store:
         UndumpableError
             If ``dump`` does.
         """
+        return self._stage(size, lambda path: self.serializer.write(value, path, size))
+
+    def stage_stream(self, stream: bytes) -> Staged:
+        """Write the stream of a value where `commit` can take it from; raises as `stage` does."""
+
+        def write(path: str) -> tuple[int, int]:
+            write_new(path, stream)
+            return len(stream), digest_bytes(stream)
+
+        return self._stage(len(stream), write)
+
+    def _stage(self, size: int, write: Callable[[str], tuple[int, int]]) -> Staged:
         path = self.directory.staging_path()
         try:
-            length, digest = self.serializer.write(value, path, size)
+            length, digest = write(path)
             if self._fsync:
                 sync_file(path)
         except OSError as error:
@@ -242,9 +301,13 @@ class Store:
         except BaseException:
             remove_quietly(path)
             raise
+        self.write_like(other)
+        return Staged(path, entry.length, entry.digest)
+
+    def write_like(self, other: Store) -> None:
+        """Take note that streams of another store are committed here."""
         if self.serializer.text is None:
             self.serializer.text = other.serializer.text
-        return Staged(path, entry.length, entry.digest)
 
     @contextmanager
     def writing(self, timeout: float | None = None) -> Iterator[None]:
@@ -260,8 +323,8 @@ class Store:
                 self.catch_up()
             yield
 
-    def commit(self, staged: dict[Any, Staged]) -> None:
-        """Publish staged values and every deletion that is pending; needs the lock.
+    def commit(self, batch: Batch) -> None:
+        """Publish what a batch holds and every deletion that is pending; needs the lock.
 
         In a transaction they are only written: its end publishes them.
 
@@ -270,46 +333,99 @@ class Store:
         OSError
             If the disk refuses; then nothing is published.
         """
-        joins = self._transaction is not None
         if not self.index.is_locked:
             raise RuntimeError("a commit needs the lock of the index")
+        joins = self._transaction is not None
         if not joins:
             self._sweep()
-        entries = self._entries(staged)
-        files = [entry.file for entry in entries.values()]
+        plan = self._plan(batch)
         serializer = (self.serializer.name, self.serializer.text)
-        written = self._transaction if self._transaction is not None else []
-        before, listed = self.index.appended, len(written)
-        payloads = self.ledger.encode(entries, serializer, first=before == 0)
+        before = self.index.appended
+        payloads = self.ledger.encode(plan.puts, serializer, first=before == 0)
         try:
-            written += files
+            self._note(plan.new)
             for payload in payloads:
                 self.index.append(payload)
-            for key, entry in entries.items():
-                self.directory.place(staged[key].path, entry.file)
+            self._write(plan, batch)
             if not joins:
-                self._publish(files)
+                self._publish(plan.new)
         except BaseException as error:
             if self.index.abandoned:
                 raise
             if joins or not self.index.published:
-                self._take_back(files, before)
-                del written[listed:]
+                self._take_back(plan.new, before)
             if isinstance(error, OSError):
-                needed = sum(map(len, payloads))
+                needed = sum(map(len, payloads)) + sum(map(len, batch.streams.values()))
                 raise told(error, self.index.path, needed) from error
             raise
         try:
-            self.ledger.committed(entries, serializer)
+            self.ledger.committed(plan.puts, serializer)
             if not joins:
                 self.index.acknowledge()
         except BaseException:
             self.index.rewind()
             raise
 
-    def _take_back(self, files: list[str], frames: int) -> None:
+    def _note(self, written: Written) -> None:
+        """Note what a roll-back of the transaction has to take back."""
+        if self._transaction is not None:
+            self._transaction.files.extend(written.files)
+            for name, place in written.packs.items():
+                self._transaction.packs.setdefault(name, place)
+
+    def _plan(self, batch: Batch) -> Plan:
+        """Decide where everything goes."""
+        plan = Plan([], Written([], {}), [], [])
+        names = Names(self.directory, self.ledger.folded)
+        entries = {}
+        for key, (path, length, digest) in batch.files.items():
+            entries[key] = Entry(names.choose(self.directory.name_for(key)), 0, length, digest)
+            plan.moves.append((path, entries[key].file))
+        if entries:
+            plan.puts.append(Puts.of(entries))
+            plan.new.files.extend(name for _, name in plan.moves)
+        if batch.streams:
+            name, place = self._pack_with_room()
+            streams = batch.streams.values()
+            lengths = list(map(len, streams))
+            places = list(accumulate(lengths[:-1], initial=place))
+            digests = list(map(digest_bytes, streams))
+            plan.puts.append(Puts([*batch.streams], name, places, lengths, digests))
+            plan.new.packs[name] = place
+            plan.grown.append((name, place))
+        for pack in batch.packs:
+            pack.close(fsync=self._fsync)
+            name = self.packs.new_name(self.ledger.packs)
+            if not (puts := pack.puts(name)).keys:
+                continue  # all of them were taken back
+            plan.puts.append(puts)
+            plan.moves.append((pack.path, name))
+            plan.new.packs[name] = 0
+        return plan
+
+    def _pack_with_room(self) -> tuple[str, int]:
+        """Return the newest pack with its length, or a new one where that is full."""
+        newest = max(self.ledger.packs, key=pack_number, default="")
+        size = self.packs.size(newest) if newest else 0
+        if 0 < size < PACK_BYTES:
+            return newest, size
+        return self.packs.new_name(self.ledger.packs), 0
+
+    def _write(self, plan: Plan, batch: Batch) -> None:
+        for path, name in plan.moves:
+            self.directory.place(path, name)
+        for name, place in plan.grown:
+            self.packs.append(name, place, batch.streams.values(), fsync=self._fsync)
+
+    def _take_back(self, written: Written, frames: int) -> None:
         """Remove what was written and is not published, down to so many frames."""
-        if not self.directory.remove(files):
+        stuck = self.directory.remove(written.files)
+        for name, place in written.packs.items():
+            try:
+                self.packs.cut(name, place)
+            except OSError:
+                stuck.append(name)
+        if not stuck:
             self.index.cut(frames)
             return
         # What could not be removed is named by the frames: they stay for the next writer.
@@ -317,9 +433,9 @@ class Store:
         if not frames:
             self.index.leave()
 
-    def _publish(self, files: list[str]) -> None:
+    def _publish(self, written: Written) -> None:
         if self._fsync:
-            self.directory.sync(files)
+            self.directory.sync([*written.files, *written.packs])
         self.index.publish()
 
     def tidy(self) -> None:
@@ -327,6 +443,8 @@ class Store:
         if self._transaction is not None:
             return
         self._remove(self.ledger.obsolete)
+        self._remove_dead_packs()
+        self._repack_if_due()
         self._compact_if_due()
 
     @property
@@ -337,7 +455,7 @@ class Store:
     def begin_transaction(self) -> None:
         """Let commits add up to one, until `end_transaction`; needs the lock, all the while."""
         self._sweep()
-        self._transaction = []
+        self._transaction = Written([], {})
 
     def end_transaction(self) -> None:
         """Publish what was written in the transaction.
@@ -349,50 +467,49 @@ class Store:
         """
         if self.index.seen == -1:
             raise RuntimeError("the transaction is rolled back, for a commit was interrupted in it")
-        if self.index.appended:
-            self._publish(self._transaction or [])
+        if self.index.appended and self._transaction is not None:
+            self._publish(self._transaction)
             self.index.acknowledge()
         self._transaction = None
 
     def roll_back(self) -> None:
         """Take back what was written in the transaction; ``ledger.changed`` tells what it was."""
-        files, self._transaction = self._transaction or [], None
+        written, self._transaction = self._transaction or Written([], {}), None
         wrote = self.index.appended or self.index.seen == -1
         if self.index.appended and not self.index.published:
-            self._take_back(files, 0)
+            self._take_back(written, 0)
         self.ledger.revert()
         if wrote:
             self.index.rewind()
             self.catch_up()
-
-    def _entries(self, staged: dict[Any, Staged]) -> dict[Any, Entry]:
-        entries = {}
-        names = Names(self.directory, self.ledger.folded)
-        for key, (_, length, digest) in staged.items():
-            entries[key] = Entry(names.choose(self.directory.name_for(key)), 0, length, digest)
-        return entries
 
     def _sweep(self) -> None:
         """Remove what a crash left."""
         if self.index.foreign:
             self._modernize()
         if self.index.overhangs():
-            live = self.ledger.files()
-            left = [entry for entry in self._uncommitted() if entry.file not in live]
-            self.directory.remove(entry.file for entry in left if not self._is_foreign(entry))
+            self._remove_uncommitted()
             self.index.cut()
+        self._remove_dead_packs()
         self._remove([entry for entry in self.ledger.obsolete if not self._is_foreign(entry)])
         if not self._swept_staging:
             self.directory.remove_staging()
             self._swept_staging = True
 
-    def _uncommitted(self) -> list[Entry]:
-        """Return what a commit was about to put when it died."""
+    def _remove_uncommitted(self) -> None:
+        """Remove what a commit had written when it died."""
+        live = self.ledger.files()
         entries: list[Entry] = []
         for payload in self.index.uncommitted():
             with suppress(FrameError):  # whatever it is, no commit stands behind it
                 entries += own_entries(payload)
-        return [entry for entry in entries if is_safe_filename(entry.file)]
+        left = []
+        for entry in entries:
+            if pack_number(entry.file):
+                self.packs.cut(entry.file, entry.place if entry.file in live else 0)
+            elif is_safe_filename(entry.file) and entry.file not in live:
+                left.append(entry)
+        self.directory.remove(entry.file for entry in left if not self._is_foreign(entry))
 
     def _is_foreign(self, entry: Entry) -> bool:
         """Tell whether a file that should have gone is another than the one that we wrote."""
@@ -410,6 +527,45 @@ class Store:
             stuck = set(self.directory.remove(entry.file for entry in entries))
             self.ledger.obsolete = [entry for entry in entries if entry.file in stuck]
             self.ledger.forget_folders(self.directory.missing_folders(e.file for e in entries))
+
+    def _remove_dead_packs(self) -> None:
+        for name in self.ledger.dead_packs():
+            if not self.directory.remove([name]):
+                del self.ledger.packs[name]
+                self.packs.forget(name)
+
+    def _repack_if_due(self) -> None:
+        """Copy what is alive out of packs with little of that, where the dead take too much."""
+        packs = self.ledger.packs
+        if self.ledger.retired < self._tolerated:
+            return
+        sizes = {name: self.packs.size(name) for name in packs}
+        excess = sum(sizes.values()) - 2 * sum(packs.values())
+        if excess >= WASTE:
+            self._repack({name for name, alive in packs.items() if 2 * alive < sizes[name]})
+            excess = 0
+        # Of a byte that is retired there is one more dead and one less alive.
+        self._tolerated = self.ledger.retired + (WASTE - excess) // 2
+
+    def _repack(self, names: set[str]) -> None:
+        batch = Batch(self.directory)
+        rows = self.ledger.packed_in(names)
+        entries = sorted((self.ledger.entry(row), n) for n, (_, row) in enumerate(rows))
+        try:
+            for start in range(0, len(entries), COPIED):
+                some = entries[start : start + COPIED]
+                streams = [self.packs.read(*entry[:3]) for entry, _ in some]
+                # What is cut short stays where it is, and so do the digests: reading tells.
+                whole = [n for n, (entry, _) in enumerate(some) if len(streams[n]) == entry.length]
+                keys = [rows[some[n][1]][0] for n in whole]
+                digests = [some[n][0].digest for n in whole]
+                batch.write(keys, [streams[n] for n in whole], digests)
+            self.commit(batch)
+        except OSError as error:
+            logger.warning("the packs in %s could not be compacted: %s", self.directory.path, error)
+        finally:
+            batch.discard()
+        self._remove_dead_packs()
 
     def _modernize(self) -> None:
         """Put an index of today in the place of that of chest 0.2.3."""
@@ -463,7 +619,8 @@ class Store:
             with self.index.locked():
                 self.catch_up()
                 self.ledger.clear()
-                self.commit({})  # so that a crash from here on leaves an empty chest
+                # So that a crash from here on leaves an empty chest.
+                self.commit(Batch(self.directory))
                 self.tidy()
                 self.directory.remove_staging(every=True)
                 self.index.remove()
@@ -476,7 +633,8 @@ class Store:
 
     def erase(self) -> None:
         """Remove every file that the chest wrote, where nobody can commit any more."""
-        self.directory.remove([*self.ledger.files(), *(e.file for e in self.ledger.obsolete)])
+        obsolete = (entry.file for entry in self.ledger.obsolete)
+        self.directory.remove([*self.ledger.files(), *self.ledger.packs, *obsolete])
         self.directory.remove_staging(every=True)
         remove_quietly(self.index.path)
         with suppress(OSError):  # there are files of others

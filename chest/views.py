@@ -24,10 +24,10 @@ class ChestValues(ValuesView[V]):
     _mapping: Any
 
     def __iter__(self) -> Iterator[V]:
-        return (value for _, value in self._mapping._stream(self._mapping))
+        return (value for _, value in self._mapping._stream(self._mapping._in_order()))
 
     def __reversed__(self) -> Iterator[V]:
-        return (value for _, value in self._mapping._stream(reversed(self._mapping)))
+        return (value for _, value in self._mapping._stream(self._mapping._in_order()[::-1]))
 
     def __contains__(self, value: object) -> bool:
         return any(mine is value or mine == value for mine in self)
@@ -39,7 +39,7 @@ class ChestItems(ItemsView[K, V]):
     _mapping: Any
 
     def __iter__(self) -> Iterator[tuple[K, V]]:
-        return iter(self._mapping._stream(self._mapping))
+        return iter(self._mapping._stream(self._mapping._in_order()))
 
     def __reversed__(self) -> Iterator[tuple[K, V]]:
-        return iter(self._mapping._stream(reversed(self._mapping)))
+        return iter(self._mapping._stream(self._mapping._in_order()[::-1]))

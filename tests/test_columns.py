@@ -15,6 +15,7 @@ from chest.columns import (
     Entry,
     FrameError,
     Keys,
+    Puts,
     decode,
     encode,
     is_plain,
@@ -44,9 +45,33 @@ def block(keys="k", files=("f",), **columns):
     return (keys, serials, files, *column.values())
 
 
+def put(*rows):
+    """Return the blocks of a frame that puts rows of a key, its serial and its entry."""
+    keys, serials, entries = map(list, zip(*rows, strict=True))
+    return [(serials, Puts(keys, *map(list, zip(*entries, strict=True))))]
+
+
+def put_in_pack(*rows):
+    """Return the blocks of a frame that puts rows of key, serial, place, length and digest."""
+    keys, serials, *numbers = map(list, zip(*rows, strict=True))
+    return [(serials, Puts(keys, ".pack-7", *numbers))]
+
+
 def only_block(data):
     (found,) = decode(data).blocks
     return found
+
+
+def only_columns(data):
+    """Return the one block of a frame as it stands in the payload."""
+    (columns,) = pickle.loads(data)[5]
+    return columns
+
+
+def rows_of(found):
+    """Return the rows of a block of plain keys."""
+    columns = (found.serials, found.files, found.places, found.lengths, found.digests)
+    return [*zip(found.keys.plain, *columns, strict=True)]
 
 
 class Color(enum.Enum):
@@ -62,7 +87,7 @@ class Text(str):
 
 def test_a_frame_says_what_was_put_in():
     data = encode(
-        [("x", 3, Entry("x", 0, 10, BIG)), ("y", 4, Entry("_a/y", 0, 2**40, 0))],
+        put(("x", 3, Entry("x", 0, 10, BIG)), ("y", 4, Entry("_a/y", 0, 2**40, 0))),
         first=True,
         cleared=True,
         serializer=("json.dump", True),
@@ -94,12 +119,13 @@ plain_keys = st.recursive(
     max_leaves=6,
 )
 words = st.integers(0, BIG)
+lengths = st.integers(1, BIG)  # of values in packs: dead packs are those of no length
 
 
 @settings(max_examples=40, deadline=None, database=None)
 @given(st.lists(st.tuples(plain_keys, words, st.text(), words, words), min_size=1, max_size=6))
 def test_any_plain_keys_and_numbers_come_back(rows):
-    found = only_block(encode([(k, n, Entry(f, 0, size, d)) for k, n, f, size, d in rows]))
+    found = only_block(encode(put(*((k, n, Entry(f, 0, *ints)) for k, n, f, *ints in rows))))
     assert found.keys == Keys([key for key, *_ in rows], [])
     assert [*map(type, found.keys.plain)] == [type(key) for key, *_ in rows]
     assert list(found.serials) == [n for _, n, _, _, _ in rows]
@@ -107,20 +133,44 @@ def test_any_plain_keys_and_numbers_come_back(rows):
     assert list(zip(found.lengths, found.digests, strict=True)) == [(s, d) for *_, s, d in rows]
 
 
+@settings(max_examples=40, deadline=None, database=None)
+@given(st.lists(st.tuples(plain_keys, words, words, lengths, words), min_size=1, max_size=6))
+def test_any_plain_keys_and_numbers_come_back_from_a_pack(rows):
+    found = only_block(encode(put_in_pack(*rows)))
+    assert rows_of(found) == [(key, n, ".pack-7", *numbers) for key, n, *numbers in rows]
+    assert [*map(type, found.keys.plain)] == [type(key) for key, *_ in rows]
+
+
+def test_a_frame_keeps_its_blocks_apart_and_in_order():
+    own = put(("x", 0, Entry("x", 0, 1, 2)))
+    shared = put_in_pack(("y", 1, 5, 6, 7))
+    blocks = decode(encode(own + shared + own)).blocks
+    assert [found.pack for found in blocks] == [None, ".pack-7", None]
+    assert [*map(rows_of, blocks[:2])] == [[("x", 0, "x", 0, 1, 2)], [("y", 1, ".pack-7", 5, 6, 7)]]
+
+
 def test_keys_that_need_a_class_stand_behind_the_others_with_their_own_rows():
     day = dt.date(2026, 1, 1)
-    puts = [
+    puts = put(
         (day, 0, Entry("day", 0, 1, 10)),
         ("x", 1, Entry("x", 0, 2, 20)),
         (Color.RED, 2, Entry("red", 0, 3, 30)),
         (7, 3, Entry("seven", 0, 4, 40)),
-    ]
+    )
     found = only_block(encode(puts))
     assert found.keys.plain == ["x", 7]
     assert [pickle.loads(data) for data in found.keys.pickled] == [day, Color.RED]
     assert found.files == ["x", "seven", "day", "red"]
     assert list(found.serials) == [1, 3, 0, 2]
     assert list(found.digests) == [20, 40, 10, 30]
+
+
+def test_keys_that_need_a_class_keep_their_places_in_a_pack():
+    puts = put_in_pack((Color.RED, 0, 50, 5, 10), ("x", 1, 55, 6, 20), (7, 2, 61, 7, 30))
+    found = only_block(encode(puts))
+    assert (found.keys.plain, [*map(pickle.loads, found.keys.pickled)]) == (["x", 7], [Color.RED])
+    assert [list(column) for column in (found.serials, found.places)] == [[1, 2, 0], [55, 61, 50]]
+    assert [list(column) for column in (found.lengths, found.digests)] == [[6, 7, 5], [20, 30, 10]]
 
 
 def test_deleted_keys_that_need_a_class_are_pickled_too():
@@ -163,13 +213,38 @@ def test_a_key_that_is_nested_too_deeply_to_be_pickled_is_not_plain():
 
 def test_a_key_that_is_no_number_is_the_same_object_in_every_frame():
     keys = [float("nan"), ("a", float("nan")), frozenset({float("nan")})]
-    found = only_block(encode([(key, n, Entry("f", 0, 1, 1)) for n, key in enumerate(keys)]))
+    found = only_block(encode(put(*((k, n, Entry("f", 0, 1, 1)) for n, k in enumerate(keys)))))
     assert found.keys.plain == [math.nan, ("a", math.nan), frozenset({math.nan})]
 
 
 def test_a_key_takes_about_35_bytes():
-    puts = [(f"key{n:05}", n, Entry(f"key{n:05}", 0, 1000 + n, BIG - n)) for n in range(1000)]
-    assert len(encode(puts)) < 45 * 1000
+    rows = [(f"key{n:05}", n, Entry(f"key{n:05}", 0, 1000 + n, BIG - n)) for n in range(1000)]
+    assert len(encode(put(*rows))) < 45 * 1000
+
+
+def test_a_key_of_a_pack_takes_about_25_bytes():
+    rows = [(f"key{n:05}", n, 100 * n, 100, BIG - n) for n in range(1000)]
+    assert len(encode(put_in_pack(*rows))) < 30 * 1000
+
+
+# -- what a commit puts ---------------------------------------------------------------------------
+
+
+def test_entries_are_put_as_columns():
+    entries = {"a": Entry("f", 0, 5, 6), 7: Entry("_g/h", 0, 8, 9)}
+    assert Puts.of(entries) == (["a", 7], ["f", "_g/h"], [0, 0], [5, 8], [6, 9])
+
+
+@pytest.mark.parametrize("rows", [[2, 0], range(1, 3), range(1)], ids=str)
+def test_rows_that_are_picked_are_whole_in_the_order_asked_for(rows):
+    puts = Puts([*"abc"], [*"fgh"], [1, 2, 3], array.array("Q", [4, 5, 6]), [7, 8, 9])
+    every = [*zip(*puts, strict=True)]
+    assert [*zip(*puts.pick(rows), strict=True)] == [every[row] for row in rows]
+
+
+def test_rows_that_are_picked_from_a_pack_stay_in_it():
+    puts = Puts([*"abc"], ".pack-2", array.array("Q", [1, 2, 3]), [4, 5, 6], [7, 8, 9])
+    assert puts.pick([2, 0]) == (["c", "a"], ".pack-2", [3, 1], [6, 4], [9, 7])
 
 
 # -- the forms that a column may have -------------------------------------------------------------
@@ -177,7 +252,7 @@ def test_a_key_takes_about_35_bytes():
 
 @pytest.mark.parametrize("serials", [[5, 6, 7], [5, 7, 6], [9, 5, 2**40]], ids=str)
 def test_serials_that_rise_by_one_or_not_come_back(serials):
-    data = encode([(n, serial, Entry("f", 0, 1, 1)) for n, serial in enumerate(serials)])
+    data = encode(put(*((n, serial, Entry("f", 0, 1, 1)) for n, serial in enumerate(serials))))
     assert list(only_block(data).serials) == serials
 
 
@@ -195,7 +270,7 @@ def test_numbers_may_take_four_bytes_each_or_eight():
 
 
 def test_numbers_are_written_in_the_smaller_form_that_holds_all_of_them():
-    _, _, _, _, _, [columns] = pickle.loads(encode([("x", 9, Entry("x", 0, 2**32 - 1, 2**32))]))
+    columns = only_columns(encode(put(("x", 9, Entry("x", 0, 2**32 - 1, 2**32)))))
     assert columns[1] == 9
     assert columns[4:] == (packed(2**32 - 1, typecode="I"), packed(2**32))
 
@@ -214,17 +289,56 @@ def test_values_may_lie_in_one_file(places, expected):
     assert list(found.places) == expected
 
 
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([100, 105, 111], 100),
+        ([0, 5, 11], 0),
+        ([100, 106, 112], packed(100, 106, 112, typecode="I")),
+        ([111, 105, 100], packed(111, 105, 100, typecode="I")),
+        ([0, 0, 0], packed(0, 0, 0, typecode="I")),
+        ([0, 5, 2**32], packed(0, 5, 2**32)),
+    ],
+    ids=str,
+)
+def test_places_in_a_pack_are_one_number_where_values_lie_end_to_end(places, expected):
+    rows = zip("abc", [0, 1, 2], places, [5, 6, 7], [1, 2, 3], strict=True)
+    data = encode(put_in_pack(*rows))
+    assert only_columns(data)[2:4] == (".pack-7", expected)
+    assert list(only_block(data).places) == places
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [([0, 0], 0), ([3, 3], packed(3, 3, typecode="I")), ([0, 5], packed(0, 5, typecode="I"))],
+    ids=str,
+)
+def test_places_in_files_are_one_number_where_values_begin_their_files(places, expected):
+    rows = [(key, n, Entry("f", places[n], 5, 1)) for n, key in enumerate("ab")]
+    data = encode(put(*rows))
+    assert only_columns(data)[2:4] == (["f", "f"], expected)
+    assert list(only_block(data).places) == places
+
+
 def test_values_in_files_of_their_own_may_have_places():
     columns = {"places": packed(3, 4), "lengths": packed(5, 6), "digests": packed(1, 2)}
     found = only_block(payload(block("ab", ("f", "g"), **columns)))
     assert (found.files, list(found.places)) == (["f", "g"], [3, 4])
 
 
-def test_a_frame_names_the_files_it_puts_but_not_a_shared_one():
-    own = block("ab", ("a", "_b/c"), lengths=packed(1, 1), digests=packed(1, 1))
-    shared = block("p", ".pack-1")
-    named = own_entries(payload(own, shared, left=[("old", 0, 1, 1)]))
-    assert [entry.file for entry in named] == ["a", "_b/c"]
+def test_a_frame_names_the_files_it_puts():
+    own = block("ab", ("a", "_b/c"), lengths=packed(1, 2), digests=packed(3, 4))
+    named = own_entries(payload(own, left=[("old", 0, 1, 1)]))
+    assert named == [Entry("a", 0, 1, 3), Entry("_b/c", 0, 2, 4)]
+
+
+def test_of_a_pack_a_frame_names_the_first_of_the_values_it_puts_there():
+    columns = {"lengths": packed(5, 6, 7), "digests": packed(3, 2, 1)}
+    first = block("abc", ".pack-1", places=packed(40, 7, 50), **columns)
+    second = block("def", ".pack-2", places=100, **columns)
+    named = own_entries(payload(first, block("g"), second))
+    expected = [Entry(".pack-1", 7, 6, 2), Entry("f", 0, 1, 2), Entry(".pack-2", 100, 5, 3)]
+    assert named == expected
 
 
 # -- what is no frame -----------------------------------------------------------------------------
@@ -292,6 +406,18 @@ def test_a_frame_may_hold_no_persistent_id(tmp_path):
         pytest.param(payload(block(digests=("d", bytes(8)))), id="digests as floats"),
         pytest.param(payload(block(digests=("Q", bytes(7)))), id="half a digest"),
         pytest.param(payload(block(lengths=7)), id="lengths that are a number"),
+        pytest.param(payload(block(lengths=("I", "text"))), id="lengths that are a text"),
+        pytest.param(payload(block(serials=None)), id="no serials"),
+        pytest.param(payload(block(serials=0.0)), id="a serial that is a float"),
+        pytest.param(payload(block(serials="0")), id="a serial that is a text"),
+        pytest.param(payload(block(serials=[0])), id="serials that are a list"),
+        pytest.param(payload(block(serials=2**64)), id="a serial that is too large"),
+        pytest.param(payload(block(places=None)), id="no places"),
+        pytest.param(payload(block(places=0.0)), id="a place that is a float"),
+        pytest.param(payload(block(places="0")), id="a place that is a text"),
+        pytest.param(payload(block(places=[0])), id="places that are a list"),
+        pytest.param(payload(block(places=-1)), id="a negative place"),
+        pytest.param(payload(block()[:-1]), id="a block of too few columns"),
     ],
 )
 def test_what_is_no_frame_is_refused(data):
@@ -299,7 +425,49 @@ def test_what_is_no_frame_is_refused(data):
         decode(data)
 
 
-def test_a_block_without_keys_is_refused():
+@pytest.mark.parametrize(
+    "columns",
+    [
+        pytest.param({"lengths": packed(1)}, id="fewer lengths than keys"),
+        pytest.param({"lengths": packed(1, 2, 3)}, id="more lengths than keys"),
+        pytest.param({"lengths": packed()}, id="no lengths"),
+        pytest.param({"digests": packed(1)}, id="fewer digests than keys"),
+        pytest.param({"places": packed(1)}, id="fewer places than keys"),
+        pytest.param({"places": packed(1, 2, 3)}, id="more places than keys"),
+        pytest.param({"serials": packed(1)}, id="fewer serials than keys"),
+        pytest.param({"keys": "a"}, id="fewer keys than the rest"),
+        pytest.param({"keys": "abc"}, id="more keys than the rest"),
+        pytest.param({"places": -1}, id="a negative place"),
+        pytest.param({"places": BIG}, id="a place beyond any file"),
+        pytest.param({"places": None}, id="no places"),
+        pytest.param({"places": 0.0}, id="a place that is a float"),
+        pytest.param({"serials": None}, id="no serials"),
+    ],
+)
+def test_a_block_of_a_pack_whose_columns_do_not_fit_is_refused(columns):
+    fitting = {"keys": "ab", "lengths": packed(1, 1), "digests": packed(2, 2)}
+    assert only_block(payload(block(files=".pack-1", **fitting))).pack == ".pack-1"
+    with pytest.raises(FrameError):
+        decode(payload(block(files=".pack-1", **fitting | columns)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "f", "pack-1", ".pack-", ".pack-0", ".pack-01", ".pack-x", "a/.pack-1", ".pack-1\n"],
+    ids=repr,
+)
+def test_values_may_lie_in_one_file_only_if_it_is_a_pack(name):
+    with pytest.raises(FrameError, match="a pack"):
+        decode(payload(block(files=name)))
+
+
+def test_a_value_in_a_pack_takes_a_byte_at_least():
+    with pytest.raises(FrameError, match="no bytes"):
+        decode(encode(put_in_pack(("x", 0, 0, 5, 0), ("y", 1, 5, 0, 0))))
+
+
+@pytest.mark.parametrize("files", [(), ".pack-1"], ids=repr)
+def test_a_block_without_keys_is_refused(files):
     nothing = {"lengths": packed(), "digests": packed()}
     with pytest.raises(FrameError):
-        decode(payload(block(NO_KEYS, (), **nothing)))
+        decode(payload(block(NO_KEYS, files, **nothing)))

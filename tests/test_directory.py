@@ -12,7 +12,7 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from chest import Chest, CorruptIndexError
-from chest.columns import Entry, encode
+from chest.columns import Entry, Puts, encode
 from chest.directory import Directory
 from chest.filenames import digest_name
 from chest.index import write_log
@@ -475,6 +475,10 @@ def entry(name, content="precious"):
     return Entry(name, 0, len(data), xxh3_64_intdigest(data))
 
 
+def block(keys, entry):
+    return [([0] * len(keys), Puts.of(dict.fromkeys(keys, entry)))] if keys else []
+
+
 OUTSIDE = ["../outside/victim", "{outside}/victim", "x/../../outside/victim", "link/victim", "link"]
 
 
@@ -487,9 +491,9 @@ def hostile(path, outside):
         os.mkdir(path)
         os.symlink(outside, os.path.join(path, "link"))
         index = os.path.join(path, ".keys")
-        committed = encode([(key, 0, entry(name)) for key in put], left=[entry(name)] * len(left))
+        committed = encode(block(put, entry(name)), left=[entry(name)] * len(left))
         write_log(index, [committed], fsync=False)
-        write_log(index + "2", [encode([(key, 0, entry(name)) for key in beyond])], fsync=False)
+        write_log(index + "2", [encode(block(beyond, entry(name)))], fsync=False)
         with open(index + "2", "rb") as source, open(index, "ab") as target:
             target.write(source.read()[16:])
         os.unlink(index + "2")

@@ -15,7 +15,7 @@ def order(e, *, mark=()):
     """Let everything leave, cohort by cohort; return the keys in the order in which they left."""
     e.marks.update(mark)
     left = []
-    while keys := e.cheapest():
+    while keys := [*e.cheapest()]:
         left.append(keys)
         for key in keys:
             e.discard(key)
@@ -106,10 +106,10 @@ def test_the_used_gets_a_second_chance_and_not_a_third():
     e.enroll("hot", LARGE)
     e.enroll("cold", LARGE)
     e.marks.add("hot")
-    assert e.cheapest() == ["cold"]
+    assert [*e.cheapest()] == ["cold"]
     e.discard("cold")
     assert "hot" not in e.marks
-    assert e.cheapest() == ["hot"]
+    assert [*e.cheapest()] == ["hot"]
 
 
 def test_each_use_found_counts():
@@ -117,7 +117,7 @@ def test_each_use_found_counts():
     e.enroll("hot", LARGE)
     e.marks.add("hot")
     assert e.uses("hot") == 2
-    assert e.cheapest() == ["hot"]  # nothing else is there: it is enrolled anew, then leaves
+    assert [*e.cheapest()] == ["hot"]  # nothing else is there: it is enrolled anew, then leaves
     assert e.uses("hot") == 2
     e.stay(["hot"])
     assert e.uses("hot") == 2
@@ -142,7 +142,7 @@ def test_what_was_hot_once_leaves_in_the_end():
     e.enroll("hot", LARGE, uses=5)
     for n in range(1000):
         e.enroll(n, LARGE)
-        keys = e.cheapest()
+        keys = [*e.cheapest()]
         for key in keys:
             e.discard(key)
         if keys == ["hot"]:
@@ -188,11 +188,11 @@ def test_to_discard_what_is_not_there_changes_nothing():
 
 def test_an_empty_one_has_nothing_to_give():
     e = Eviction(1e9)
-    assert e.cheapest() == []
+    assert [*e.cheapest()] == []
     assert e.total == 0
     e.enroll("k0", 100)
     e.discard("k0")
-    assert e.cheapest() == []
+    assert [*e.cheapest()] == []
     check(e)
 
 
@@ -202,15 +202,15 @@ def test_what_was_set_aside_is_counted_and_never_leaves(size):
     e.set_aside("k0", size)
     e.enroll("k1", size)
     assert e.total == 2 * size
-    assert e.cheapest() == ["k1"]
+    assert [*e.cheapest()] == ["k1"]
     e.discard("k1")
-    assert e.cheapest() == []
+    assert [*e.cheapest()] == []
     assert e.aside() == ["k0"]
     check(e)
     e.stay(["k0"])
     assert e.aside() == []
     check(e)
-    assert e.cheapest() == ["k0"]
+    assert [*e.cheapest()] == ["k0"]
     assert e.discard("k0") == size
     assert e.total == 0
     check(e)
@@ -221,7 +221,7 @@ def test_what_was_to_leave_and_could_not_is_there_still(size):
     e = Eviction(1e9)
     for n in range(5):
         e.enroll(f"k{n}", size, uses=3)
-    keys = e.cheapest()
+    keys = [*e.cheapest()]
     assert e.total == 5 * size
     e.stay(keys)
     check(e)
@@ -233,7 +233,7 @@ def test_what_was_to_leave_and_could_not_is_there_still(size):
 BREAKS = {
     "the total": lambda e: setattr(e, "total", e.total + 1),
     "a size": lambda e: e._homes["small0"].sizes.__setitem__("small0", 0),
-    "a home": lambda e: e._homes.pop("small0"),
+    "a home": lambda e: e._homes.pop("large0"),
     "a member": lambda e: e._homes["large0"].sizes.pop("large0"),
     "the heap": lambda e: e._heap.pop(e._homes["large0"]),
     "an empty cohort": lambda e: e._heap.__setitem__(eviction.Cohort(1), (0.0, 0)),
@@ -286,7 +286,7 @@ def test_the_invariants_hold_whatever_is_done(seed):
             else:
                 e.enroll(key, sizes[key], rng.randrange(4))
         else:
-            keys = e.cheapest()
+            keys = [*e.cheapest()]
             assert {*keys} <= sizes.keys()
             if action == "stay":
                 e.stay(keys)
@@ -335,7 +335,7 @@ def test_small_values_share_the_price_of_the_heap(heap):
     for n in range(10_000):
         e.enroll(n, 50)
     assert 0 < heap.operations < 30
-    while keys := e.cheapest():
+    while keys := [*e.cheapest()]:
         for key in keys:
             e.discard(key)
     assert heap.operations < 60
@@ -348,7 +348,7 @@ def test_what_leaves_together_is_neither_many_nor_much(size):
     for n in range(number):
         e.enroll(n, size)
     left = 0
-    while keys := e.cheapest():
+    while keys := [*e.cheapest()]:
         assert len(keys) <= COHORT_MEMBERS
         assert sum(map(e.size, keys)) < COHORT_BYTES + LARGE
         left += len(keys)
@@ -363,7 +363,7 @@ def test_a_large_value_leaves_alone():
         e.enroll(n, LARGE)
         e.enroll(f"small{n}", 10)
     sizes = []
-    while keys := e.cheapest():
+    while keys := [*e.cheapest()]:
         sizes.append(len(keys))
         for key in keys:
             e.discard(key)

@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import chest.memory
+import chest.staging
 import chest.store
 from chest import Chest, ChestClosedError
 from chest.directory import Directory
@@ -39,9 +41,12 @@ from chest.eviction import Eviction
 from chest.hands import Hands
 from chest.index import Index
 from chest.ledger import Ledger
+from chest.loads import Loads
 from chest.memory import Memory
+from chest.packs import MANY, Packs
 from chest.residents import Residents
-from chest.serialize import Serializer
+from chest.serialize import SMALL, Serializer
+from chest.staging import Batch, StagedPack
 from chest.store import Store
 
 SOAK = float(os.environ.get("CHEST_SOAK", "0"))
@@ -58,7 +63,7 @@ class TellingLock:
         self._lock = threading.RLock()
         self.tell = lambda: None
         c._memory.lock = self
-        c._memory._loaded = threading.Condition(self)
+        c._memory._loads = Loads(self)
 
     def acquire(self, blocking=True, timeout=-1):
         if self._lock.acquire(blocking=False):
@@ -155,6 +160,19 @@ class Model(dict):
 
     def flush(self):
         pass
+
+    def key_to_filename(self, key):
+        pass
+
+    @contextmanager
+    def transaction(self):
+        before = dict(self)
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            self.update(before)
+            raise
 
     def close(self):
         self.end = deepcopy(list(self.items())) if self.end is None else self.end
@@ -261,7 +279,7 @@ def state(c, path):
     """Return the pairs of a chest, or of its directory when it is closed."""
     if not c.closed:
         c._check()
-        assert not c._memory._loading
+        assert not c._memory._loads.threads
         return list(c.items())
     with Chest(path=path) as again:
         again._check()
@@ -283,6 +301,22 @@ def store(path, values):
     """Put values on disk, so that nobody has them in hand."""
     with Chest(values, path=path):
         pass
+
+
+def many(what):
+    """Return so many small values that they go to a pack."""
+    return {f"{what} {n}": f"{what} {n}" for n in range(MANY)}
+
+
+def store_packed(path, values):
+    """Put values on disk, into a pack most of which is dead."""
+    with Chest(values, path=path) as c:
+        c.update(many("dead"))
+        c.flush()
+        for key in many("dead"):
+            del c[key]
+        c._memory.store._tolerated = NEVER
+        assert all(map(c._memory.ledger.is_packed, values))
 
 
 each_when = pytest.mark.parametrize("when", ["before", "after"])
@@ -322,6 +356,7 @@ LOAD_STEPS = {
     "admit": (Residents, "_admit"),
     "in hand": (Hands, "hold"),
 }
+OUT_OF_HAND = (Hands, "empty")  # "in hand" of what cannot change
 READS = {
     "get": append,
     "pop": lambda d: d.pop("k", None),
@@ -367,7 +402,8 @@ def test_a_load_and_what_another_thread_does_meanwhile(path, step, read, action,
         c = Chest(path=folder, available_memory=budget)
         c.prefetch(["fixed", "loose"])
         acts = [READS[read], ACTIONS[action]]
-        held = Step(*LOAD_STEPS[step])
+        empties = step == "in hand" and isinstance(value, str)
+        held = Step(*(OUT_OF_HAND if empties else LOAD_STEPS[step]))
         outcomes, waited = meet(c, *acts, held, when)
         if waited and not held.holds_lock:
             assert action in WAIT_FOR_THE_LOAD, "it waited for a load that it does not need"
@@ -395,6 +431,18 @@ class Box:
         return f"Box({self.items})"
 
 
+class Telling:
+    """A value that is dumped by a method of Python, at which a thread can be held."""
+
+    def __reduce__(self):
+        return Telling, ()
+
+    def __eq__(self, other):
+        return isinstance(other, Telling)
+
+    __hash__ = None
+
+
 def lower_the_budget(d):
     len(d)  # so that the model says that it is closed
     d.available_memory = 0
@@ -402,23 +450,41 @@ def lower_the_budget(d):
 
 COMMIT_STEPS = {
     "compare a value": (Serializer, "digest"),
-    "stage a value": (Store, "stage"),
-    "stage the last value": (Store, "stage", 1),
+    "dump small values": (Serializer, "dumps_all"),
+    "dump one of them": (Telling, "__reduce__"),
+    "collect their streams": (Batch, "add"),
+    "stage a value": (Store, "stage_stream"),
+    "stage the last value": (Store, "stage_stream", 1),
+    "stage a large value": (Store, "stage"),
+    "stage a pack": (StagedPack, "append"),
     "take the lock of the index": (Index, "_lock"),
     "catch up": (Store, "catch_up"),
     "take in what others did": (Memory, "_absorb"),
-    "choose names": (Store, "_entries"),
+    "choose names": (Store, "_plan"),
+    "choose packs": (Packs, "new_name"),
     "append the frame": (Index, "append"),
     "place a file": (Directory, "place"),
     "place the last file": (Directory, "place", 1),
+    "place a staged pack": (Directory, "place"),
+    "append to a pack": (Packs, "append"),
     "publish": (Index, "publish"),
     "know where the values are": (Ledger, "committed"),
     "acknowledge": (Index, "acknowledge"),
     "remove what is obsolete": (Directory, "remove"),
+    "remove a dead pack": (Packs, "forget"),
+    "copy the living out of packs": (Store, "_repack"),
+    "publish the copies": (Index, "publish", 1),
     "compact the index": (Index, "replace"),
     "release the lock of the index": (Index, "_unlock"),
-    "let a value go": (Residents, "_leave"),
+    "let values go that cannot change": (Memory, "_let_go"),
+    "forget what they were": (Eviction, "discard_all"),
+    "let a value go": (Memory, "_let_go_of"),
 }
+LEAVING = ["let values go that cannot change", "forget what they were", "let a value go"]
+STAGED_PACKS = ["stage a pack", "place a staged pack"]
+REPACKS = ["copy the living out of packs", "publish the copies"]
+# Steps at which so many small values are dirty that they go to a pack.
+OF_MANY = ["dump one of them", "choose packs", "append to a pack", *STAGED_PACKS]
 COMMITS = {
     "flush": lambda d: d.flush(),
     "lower the budget": lower_the_budget,
@@ -428,18 +494,43 @@ ALL_COMMITS = [
     (step, commit)
     for step in COMMIT_STEPS
     for commit in COMMITS
-    if step != "let a value go" or commit == "lower the budget"
+    if step not in LEAVING or commit == "lower the budget"
 ]
+
+
+@pytest.fixture
+def _bounds(step, monkeypatch):
+    """Let few bytes be enough for what a step is about."""
+    if step in STAGED_PACKS:
+        monkeypatch.setattr(chest.staging, "STREAM_BYTES", 0)
+    if step in REPACKS:
+        monkeypatch.setattr(chest.store, "WASTE", 0)
+
+
+bounded = pytest.mark.usefixtures("_bounds")
 
 
 def dirty_chest(path, step, value, *, set_again=True):
     """Return a chest with something of every kind to commit, and its pairs.
 
     There is a new value, a value of which the disk holds another one, a deletion, and there are
-    two values that are resident and saved; and an index to compact, if that is the step.
+    two values that are resident and saved. If the step is about that, there are a large value, or
+    many small ones, and an index to compact, or a pack that is dead, or one with little alive.
     """
-    store(path, {"fixed": "fixed", "k": ["before"], "loose": ["loose"], "gone": 1})
+    more = {}
+    if step == "stage a large value":
+        more = {"large": bytes(SMALL)}
+    elif step in OF_MANY:
+        more = {**many("small"), "telling": Telling()}
+    stored = {"fixed": "fixed", "k": ["before"], "loose": ["loose"], "gone": 1}
+    if step in REPACKS:
+        store_packed(path, stored)
+    else:
+        store(path, stored)
+    if step == "remove a dead pack":
+        store(path, many("old"))
     c = Chest(path=path)
+    c._memory.store._tolerated = NEVER
     if step == "compact the index":
         for n in range(6):
             c["gone"] = n
@@ -450,9 +541,14 @@ def dirty_chest(path, step, value, *, set_again=True):
         c.flush()
     if step == "compact the index":
         c._memory.store._compact_from = 1
+    c._memory.store._tolerated = 0
     c["newer"] = ["newer"]
+    c.update(more)
     c["new"] = ["new"]
     del c["gone"]
+    if step == "remove a dead pack":
+        for key in many("old"):
+            del c[key]
     c["loose"]
     c["fixed"]
     return c, {
@@ -460,10 +556,12 @@ def dirty_chest(path, step, value, *, set_again=True):
         "k": deepcopy(value),
         "loose": ["loose"],
         "newer": ["newer"],
+        **deepcopy(more),
         "new": ["new"],
     }
 
 
+@bounded
 @each_when
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize(("step", "commit"), ALL_COMMITS)
@@ -476,9 +574,19 @@ def test_a_commit_and_what_another_thread_does_meanwhile(path, step, commit, act
 
 
 def hits(d):
-    return d["fixed"], d["loose"], d.get("new"), "k" in d, "gone" in d, len(d)
+    return d["fixed"], *hits_of_what_changes(d)
 
 
+def hits_of_what_changes(d):
+    return d["loose"], d.get("new"), "k" in d, "gone" in d, len(d)
+
+
+def stays(step, when):
+    """Tell whether what cannot change is in memory yet."""
+    return step not in LEAVING or (step, when) == (LEAVING[0], "before")
+
+
+@bounded
 @pytest.mark.parametrize(
     ("step", "commit", "when"),
     [
@@ -490,10 +598,11 @@ def hits(d):
 )
 def test_a_commit_delays_no_hit(path, step, commit, when):
     c, start = dirty_chest(path, step, ["k"])
-    acts = [COMMITS[commit], hits]
+    look = hits if stays(step, when) else hits_of_what_changes
+    acts = [COMMITS[commit], look]
     outcomes, waited = meet(c, *acts, Step(*COMMIT_STEPS[step]), when)
     assert not waited
-    assert outcomes[1] == ("gives", hits(start))
+    assert outcomes[1] == ("gives", look(start))
     check_orders(c, path, start, acts, outcomes)
 
 
@@ -525,6 +634,7 @@ CHANGES_IN_HAND = {
 }
 
 
+@bounded
 @each_when
 @pytest.mark.parametrize(
     ("kind", "set_again"),
@@ -1383,7 +1493,7 @@ def test_loads_that_need_each_others_keys(path, hook, ways, count):
         doing = [acts[ways[n % 2]] for n in range(count)]
         run_together(*map(functools.partial, doing, keys))
         c._check()
-        assert not c._memory._loading
+        assert not c._memory._loads.threads
 
 
 # -- everything at once ----------------------------------------------------------------------------

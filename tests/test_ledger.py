@@ -7,15 +7,18 @@ import pickle
 import random
 import sys
 import types
+from array import array
+from collections import Counter
 from itertools import count
 
 import pytest
 
 import chest.ledger
-from chest.columns import Entry, FrameError, decode, encode
+from chest.columns import Entry, FrameError, Puts, decode, encode
 from chest.ledger import UNSAVED, Ledger
 
 PICKLE = ("pickle", None)
+P1, P2, P3 = ".pack-1", ".pack-2", ".pack-3"
 
 
 class Log:
@@ -23,6 +26,7 @@ class Log:
 
     def __init__(self):
         self.payloads = []
+        self.sizes = {}  # of the packs that are there
         self._names = count()
 
     def open(self, trusted=True):
@@ -38,18 +42,45 @@ class Log:
         """An entry with a file of its own."""
         return Entry(f"f{next(self._names)}", 0, 10, digest)
 
-    def commit(self, ledger, puts=(), digest=1):
+    def packed(self, keys, name=P1, *, length=10, digest=1):
+        """Put values at the end of a pack."""
+        keys, start = [*keys], self.sizes.get(name, 0)
+        places = [start + n * length for n in range(len(keys))]
+        self.sizes[name] = start + len(keys) * length
+        return Puts(keys, name, places, [length] * len(keys), [digest] * len(keys))
+
+    def commit(self, ledger, puts=(), *packed, digest=1):
         """Commit values for keys, and whatever deletion is pending; return the payloads."""
         ledger.obsolete = []  # the files of the last commit have been removed
-        for key in puts:
-            if key not in ledger.rows:
-                ledger.add(key)
-        entries = {key: self.entry(digest) for key in puts}
-        payloads = ledger.encode(entries, PICKLE)
-        ledger.committed(entries, PICKLE)
+        own = [Puts.of({key: self.entry(digest) for key in puts})] if puts else []
+        blocks = [*own, *packed]
+        for block in blocks:
+            for key in block.keys:
+                if key not in ledger.rows:
+                    ledger.add(key)
+        payloads = ledger.encode(blocks, PICKLE)
+        ledger.committed(blocks, PICKLE)
         ledger.check()
         self.payloads += payloads
         return payloads
+
+    def change(self, ledger, steps):
+        """Commit what is said: "delete a", "clear", "file ab" or "pack ab 1", several with commas.
+
+        Return the payloads.
+        """
+        files, packed = "", []
+        for step in steps.split(", "):
+            match step.split():
+                case ["delete", key]:
+                    ledger.delete(key)
+                case ["clear"]:
+                    ledger.clear()
+                case ["file", keys]:
+                    files += keys
+                case ["pack", keys, number]:
+                    packed.append(self.packed(keys, f".pack-{number}"))
+        return self.commit(ledger, files, *packed)
 
 
 @pytest.fixture
@@ -63,6 +94,12 @@ def entries(ledger):
 
 def obsolete(ledger):
     return {entry.file for entry in ledger.obsolete}
+
+
+def apply(ledger, payloads):
+    for payload in payloads:
+        ledger.apply(payload)
+    ledger.check()
 
 
 @pytest.fixture
@@ -121,11 +158,11 @@ def test_each_serializer_that_wrote_is_known(log):
 
 
 def test_values_that_lie_in_one_file_have_their_places(log):
-    block = ((["a", "b"], []), 0, "pack", 100, ("I", b"\5\0\0\0\6\0\0\0"), ("Q", bytes(16)))
+    block = ((["a", "b"], []), 0, P1, 100, ("I", b"\5\0\0\0\6\0\0\0"), ("Q", bytes(16)))
     log.payloads = [pickle.dumps((True, False, None, [], ([], []), [block]), 5)]
-    assert entries(log.open()) == {"a": Entry("pack", 100, 5, 0), "b": Entry("pack", 105, 6, 0)}
+    assert entries(log.open()) == {"a": Entry(P1, 100, 5, 0), "b": Entry(P1, 105, 6, 0)}
     log.payloads = log.open().snapshot()
-    assert entries(log.open()) == {"a": Entry("pack", 100, 5, 0), "b": Entry("pack", 105, 6, 0)}
+    assert entries(log.open()) == {"a": Entry(P1, 100, 5, 0), "b": Entry(P1, 105, 6, 0)}
 
 
 @pytest.mark.parametrize(
@@ -139,13 +176,20 @@ def test_values_that_lie_in_one_file_have_their_places(log):
             (True, False, None, [], ([], []), [(([[]], []), 0, ["f"], 0, *[("Q", bytes(8))] * 2)]),
             id="a key without hash",
         ),
+        pytest.param(
+            (
+                *(True, False, PICKLE, [(P2, 0, 0, 0)], ([], [])),
+                [(([7], []), 0, pack, 0, *[("Q", bytes(8))] * 2) for pack in (P1, "no pack")],
+            ),
+            id="a good block and one in a file that is no pack",
+        ),
     ],
 )
 def test_a_frame_of_the_wrong_types_is_refused_as_a_whole(content):
     ledger = Ledger(trusted=True)
     with pytest.raises(FrameError):
         ledger.apply(pickle.dumps(content, 5))
-    assert ledger.rows == {}
+    assert (ledger.rows, ledger.packs, ledger.serializers) == ({}, {}, {})
 
 
 # -- order ----------------------------------------------------------------------------------------
@@ -267,8 +311,8 @@ def test_deletions_add_up_in_any_order(log, steps, left):
         elif action == "clear":
             ledger.clear()
         else:
-            log.commit(ledger, [key for key, row in ledger.rows.items() if row == UNSAVED])
-    log.commit(ledger, [key for key, row in ledger.rows.items() if row == UNSAVED])
+            log.commit(ledger, [key for key, row in ledger.rows.items() if row < 0])
+    log.commit(ledger, [key for key, row in ledger.rows.items() if row < 0])
     assert [*ledger.rows] == [*log.open().rows] == left
     assert entries(log.open()) == entries(ledger)
 
@@ -327,12 +371,269 @@ def test_a_commit_of_many_keys_is_several_frames_that_begin_with_the_first(log, 
     assert obsolete(log.open()) == obsolete(ledger)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "frames"),
+    [
+        ((3,), [[3]]),
+        ((10,), [[3], [3], [3], [1]]),
+        ((1, 2), [[1, 2]]),
+        ((1, 1, 1, 1), [[1, 1, 1], [1]]),
+        ((2, 2), [[2], [2]]),
+        ((4, 2), [[3], [1, 2]]),
+        ((2, 4), [[2], [3], [1]]),
+        ((0, 2), [[2]]),
+    ],
+    ids=str,
+)
+def test_blocks_are_cut_so_that_no_frame_holds_too_many_keys(log, monkeypatch, sizes, frames):
+    monkeypatch.setattr(chest.ledger, "FRAME_KEYS", 3)
+    ledger, keys = log.open(), count()
+    blocks = [log.packed([next(keys) for _ in range(size)]) for size in sizes]
+    payloads = log.commit(ledger, (), *blocks)
+    assert [[len(b.files) for b in decode(payload).blocks] for payload in payloads] == frames
+    assert entries(log.open()) == entries(ledger)
+    assert [*log.open().rows] == [*range(sum(sizes))]
+    log.payloads = ledger.snapshot()
+    assert entries(log.open()) == entries(ledger)
+
+
+def test_a_frame_holds_65536_keys_at_most(log):
+    payloads = log.commit(log.open(), (), log.packed(range(2**16 + 1)))
+    assert [[len(b.files) for b in decode(p).blocks] for p in payloads] == [[2**16], [1]]
+
+
+def test_what_goes_on_with_a_commit_does_not_begin_one():
+    ledger = Ledger(trusted=True)
+    ledger.add("x")
+    ledger.obsolete, ledger.packs = [Entry("f", 0, 1, 1)], {P1: 0}
+    puts = Puts.of({"x": Entry("x", 0, 1, 1)})
+    for first, left in [(True, [*ledger.obsolete, Entry(P1, 0, 0, 0)]), (False, [])]:
+        (payload,) = ledger.encode([puts], PICKLE, first=first)
+        assert (decode(payload).first, decode(payload).left) == (first, left)
+
+
 def test_names_with_capitals_are_known_by_their_lower_case_as_long_as_they_are_used(log):
     ledger = Ledger(trusted=True)
-    ledger.apply(encode([("k", 0, Entry("_A/Abc", 0, 1, 1)), ("l", 1, Entry("x", 0, 1, 1))]))
+    puts = Puts.of({"k": Entry("_A/Abc", 0, 1, 1), "l": Entry("x", 0, 1, 1)})
+    ledger.apply(encode([([0, 1], puts)]))
     assert {"_a", "_a/abc"} == ledger.folded
     ledger.apply(encode([], first=True, deleted=["k", "l"]))
     assert "_a/abc" not in ledger.folded
+
+
+# -- packs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "packs", "retired"),
+    [
+        ("pack d 1", {P1: 40}, 0),
+        ("file d", {P1: 30}, 0),
+        ("file a", {P1: 20}, 10),
+        ("pack a 1", {P1: 30}, 10),
+        ("pack a 2", {P1: 20, P2: 10}, 10),
+        ("file b, pack a 2, pack c 3", {P1: 0, P2: 10, P3: 10}, 30),
+        ("delete a", {P1: 20}, 10),
+        ("delete a, file a", {P1: 20}, 10),
+        ("delete a, pack a 1", {P1: 30}, 10),
+        ("delete a, pack b 1", {P1: 20}, 20),
+        ("clear", {P1: 0}, 30),
+        ("clear, file a", {P1: 0}, 30),
+        ("clear, pack a 1", {P1: 10}, 30),
+        ("delete a, clear, pack ad 2", {P1: 0, P2: 20}, 30),
+    ],
+)
+def test_a_pack_has_the_bytes_of_its_living_values(log, steps, packs, retired):
+    here, there = log.open(), log.open()
+    apply(here, log.change(there, "pack abc 1"))
+    apply(here, log.change(there, steps))
+    for ledger in (here, there, log.open()):
+        assert (ledger.packs, ledger.retired) == (packs, retired)
+
+
+pending = pytest.mark.parametrize(
+    "delete",
+    [pytest.param(lambda ledger: ledger.delete("a"), id="delete"), Ledger.clear],
+)
+
+
+@pending
+def test_a_packed_value_lives_until_a_commit_tells_that_it_was_deleted(log, delete):
+    ledger = log.open()
+    log.change(ledger, "pack a 1")
+    delete(ledger)
+    assert (ledger.packs, ledger.retired, ledger.dead_packs()) == ({P1: 10}, 0, [])
+    ledger.revert()
+    assert (ledger.packs, ledger.retired, ledger.dead_packs()) == ({P1: 10}, 0, [])
+    delete(ledger)
+    log.commit(ledger)
+    assert (ledger.packs, ledger.retired, ledger.dead_packs()) == ({P1: 0}, 10, [P1])
+
+
+elsewhere = pytest.mark.parametrize(
+    ("steps", "packs"),
+    [
+        ("file a", {P1: 10}),
+        ("pack a 1", {P1: 20}),
+        ("pack a 2", {P1: 10, P2: 10}),
+        ("delete a", {P1: 10}),
+        ("clear", {P1: 0}),
+        ("clear, pack a 2", {P1: 0, P2: 10}),
+        ("file c", {P1: 20}),
+    ],
+)
+
+
+@pending
+@elsewhere
+def test_what_others_do_to_a_value_that_is_deleted_here_is_counted_once(log, delete, steps, packs):
+    here, there = log.open(), log.open()
+    apply(here, log.change(there, "pack ab 1"))
+    delete(here)
+    apply(here, log.change(there, steps))
+    assert here.packs == there.packs == packs
+    apply(there, log.commit(here))
+    assert here.packs == there.packs == log.open().packs
+    assert here.retired == there.retired == log.open().retired
+
+
+@pending
+@elsewhere
+def test_a_new_index_has_the_same_bytes_whatever_is_deleted_here(log, delete, steps, packs):
+    here, there = log.open(), log.open()
+    apply(here, log.change(there, "pack ab 1"))
+    delete(here)
+    log.change(there, steps)
+    log.payloads = there.snapshot()
+    anew = log.open()
+    anew.inherit(here)
+    assert (anew.packs, anew.retired) == (packs, 0)
+    apply(there, log.commit(anew))
+    assert anew.packs == there.packs == log.open().packs
+
+
+def test_values_that_die_in_a_pack_make_no_file_obsolete(log):
+    ledger = log.open()
+    log.change(ledger, "pack abcd 1, file e")
+    log.change(ledger, "delete a, file b, pack c 1, pack de 2")
+    assert obsolete(ledger) == obsolete(log.open()) == {"f0"}
+    ledger.clear()
+    log.commit(ledger)
+    assert obsolete(ledger) == obsolete(log.open()) == {"f1"}
+
+
+def test_a_pack_is_dead_when_the_committed_state_needs_nothing_of_it(log):
+    ledger = log.open()
+    log.change(ledger, "pack ab 1, pack c 2, pack d 3")
+    log.change(ledger, "delete a, delete c, pack d 1")
+    assert sorted(ledger.dead_packs()) == sorted(log.open().dead_packs()) == [P2, P3]
+    assert ledger.files() == {P1}
+
+
+def test_a_dead_pack_that_could_not_be_removed_stays_known(log):
+    here, there = log.open(), log.open()
+    for steps in ("pack a 1", "file a", "file b", "pack b 2"):
+        apply(here, log.change(there, steps))
+    assert here.packs == there.packs == log.open().packs == {P1: 0, P2: 10}
+    log.payloads = there.snapshot()
+    assert log.open().packs == {P1: 0, P2: 10}
+
+
+def test_a_dead_pack_that_was_removed_is_forgotten_with_the_next_commit(log):
+    here, there = log.open(), log.open()
+    for steps in ("pack a 1, pack b 2", "file a", "file b"):
+        apply(here, log.change(there, steps))
+    del there.packs[P1]
+    apply(here, log.change(there, "file c"))
+    assert here.packs == log.open().packs == {P2: 0}
+
+
+def test_a_pack_may_have_the_name_of_one_that_was_removed(log):
+    here, there = log.open(), log.open()
+    for steps in ("pack ab 1", "file ab"):
+        apply(here, log.change(there, steps))
+    del there.packs[P1]
+    apply(here, log.change(there, "pack b 1"))
+    assert here.packs == there.packs == log.open().packs == {P1: 10}
+
+
+def test_a_key_knows_whether_its_stored_value_is_packed(log):
+    ledger = log.open()
+    log.change(ledger, "pack ab 1, file c")
+    log.change(ledger, "file b, pack d 2")
+    ledger.add("e")
+    assert [*filter(ledger.is_packed, "abcdef")] == ["a", "d"]
+
+
+def test_the_keys_whose_values_lie_in_some_packs_can_be_told(log):
+    ledger = log.open()
+    log.change(ledger, "pack abc 1, pack de 2, pack f 3, file g")
+    log.change(ledger, "pack b 2, file c")
+    ledger.delete("d")
+    ledger.add("h")
+    assert ledger.packed_in({P1}) == [("a", ledger.rows["a"])]
+    assert ledger.packed_in([P2, P3]) == [(key, ledger.rows[key]) for key in "bef"]
+    assert ledger.packed_in([]) == []
+
+
+def test_where_a_value_lies_is_its_entry_as_a_plain_tuple(log):
+    ledger = log.open()
+    log.commit(ledger, "a", log.packed("bc", length=7, digest=5), digest=6)
+    rows = ledger.rows.values()
+    assert [*map(ledger.where, rows)] == [("f0", 0, 10, 6), (P1, 0, 7, 5), (P1, 7, 7, 5)]
+    assert [*map(ledger.where, rows)] == [*map(ledger.entry, rows)]
+    assert {type(ledger.where(row)) for row in rows} == {tuple}
+
+
+@pytest.fixture
+def spread(log):
+    """A ledger whose rows 0 to 2 lie in a pack, 3 in a file, 4 in another pack, and 5, 6 and 7
+    in the first pack again, with a gap before the last.
+    """
+    ledger = log.open()
+    first = Puts([*"abc"], P1, [100, 105, 111], [5, 6, 7], [1, 2, 3])
+    second = Puts([*"fgh"], P1, [118, 119, 122], [1, 2, 4], [6, 7, 8])
+    log.commit(ledger, (), first)
+    log.commit(ledger, "d", Puts(["e"], P2, [113], [5], [5]), second)
+    return ledger
+
+
+@pytest.mark.parametrize(
+    ("rows", "place", "lengths", "digests"),
+    [
+        (range(3), 100, [5, 6, 7], [1, 2, 3]),
+        (range(1, 3), 105, [6, 7], [2, 3]),
+        (range(2, 3), 111, [7], [3]),
+        (range(5, 7), 118, [1, 2], [6, 7]),
+        (range(7, 8), 122, [4], [8]),
+    ],
+    ids=str,
+)
+def test_rows_whose_values_lie_end_to_end_in_a_pack_span_it(spread, rows, place, lengths, digests):
+    assert spread.span(rows) == (P1, place, array("Q", lengths), array("Q", digests))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(range(3, 4), id="a file"),
+        pytest.param(range(2, 4), id="from a pack to a file"),
+        pytest.param(range(3, 5), id="from a file to a pack"),
+        pytest.param(range(4, 6), id="two packs"),
+        pytest.param(range(6), id="others in between"),
+        pytest.param(range(6, 8), id="a gap"),
+    ],
+)
+def test_rows_whose_values_lie_anywhere_span_nothing(spread, rows):
+    assert spread.span(rows) is None
+
+
+def test_values_that_were_only_moved_did_not_change(log):
+    here, there = log.open(), log.open()
+    apply(here, log.commit(there, "ab", log.packed("cd", digest=5), digest=5))
+    moved = log.packed("ac", P2, digest=5), log.packed("bd", P2, digest=6)
+    apply(here, log.commit(there, (), *moved))
+    assert here.changed == {"b": 5, "d": 5}
 
 
 # -- snapshots ------------------------------------------------------------------------------------
@@ -362,6 +663,34 @@ def test_a_snapshot_tells_nothing_that_is_pending(log):
     ledger.add("d")
     log.payloads = ledger.snapshot()
     assert entries(log.open()) == committed
+
+
+def test_a_snapshot_tells_obsolete_files_and_dead_packs_apart(log):
+    ledger = log.open()
+    log.change(ledger, "pack ab 1, file c")
+    log.change(ledger, "file a, pack bc 2")
+    log.payloads = ledger.snapshot()
+    snapshot = log.open()
+    assert obsolete(snapshot) == {"f0"}
+    assert (snapshot.packs, snapshot.dead_packs()) == ({P1: 0, P2: 20}, [P1])
+    assert snapshot.retired == 0
+
+
+def test_a_snapshot_has_a_block_for_each_pack_with_its_values_as_they_lie(log):
+    ledger = log.open()
+    for key in "abcdefg":
+        ledger.add(key)
+    log.change(ledger, "pack gb 2, pack fae 1, file c")
+    log.change(ledger, "pack d 2, delete a")
+    log.payloads = ledger.snapshot()
+    blocks = [block for payload in log.payloads for block in decode(payload).blocks]
+    assert [(block.pack, [*block.places], block.keys.plain) for block in blocks] == [
+        (None, [0], ["c"]),
+        (P1, [0, 20], ["f", "e"]),
+        (P2, [0, 10, 20], ["g", "b", "d"]),
+    ]
+    assert entries(log.open()) == entries(ledger)
+    assert [*log.open().rows] == [*"bcdefg"]
 
 
 # -- keys that cannot be read ---------------------------------------------------------------------
@@ -421,6 +750,27 @@ def test_clearing_a_chest_of_which_no_key_can_be_read_is_something_to_tell(log, 
     without = log.open()
     without.clear()
     assert without.pending
+
+
+def test_a_key_that_cannot_be_read_keeps_its_pack_alive(log, vanishing):
+    ledger = log.open()
+    log.commit(ledger, (), log.packed([vanishing(1, 2), "a"]), log.packed([vanishing(3, 4)], P2))
+    module = sys.modules.pop("vanishing")
+    without = log.open()
+    log.change(without, "delete a")
+    assert without.packs == {P1: 10, P2: 10}
+    assert without.dead_packs() == []
+    sys.modules["vanishing"] = module
+    apply(ledger, log.payloads[-1:])
+    ledger.delete(vanishing(3, 4))
+    payloads = log.commit(ledger, (), log.packed([vanishing(1, 2)], P3))
+    del sys.modules["vanishing"]
+    apply(without, payloads)
+    assert without.packs == {P1: 0, P2: 0, P3: 10}
+    assert without.retired == 30
+    without.clear()
+    log.commit(without)
+    assert without.packs[P3] == log.open().packs[P3] == 0
 
 
 def test_a_key_whose_hash_fails_hides_no_other(log, vanishing):
@@ -519,9 +869,12 @@ class Actor:
         for key in self.dirty.keys() & self.ledger.changed.keys() - self.ledger.rows.keys():
             self.ledger.add(key)
         self.ledger.changed.clear()
+        self.check()
+        assert not obsolete(self.ledger) & self.ledger.files()
+
+    def check(self):
         self.ledger.check()
         assert self.ledger.rows.keys() == self.view()
-        assert not obsolete(self.ledger) & self.ledger.files()
 
     def set(self, key):
         if key not in self.ledger.rows:
@@ -542,7 +895,7 @@ class Actor:
 
     def commit(self):
         puts = self.rng.sample([*self.dirty], self.rng.randint(0, len(self.dirty)))
-        (payload,) = self.log.commit(self.ledger, puts)
+        (payload,) = self.write(puts)
         self.read += 1
         for key in self.deleted:
             self.log.state.pop(key, None)
@@ -554,17 +907,51 @@ class Actor:
         assert entries(self.ledger) == self.log.state
         assert entries(self.log.open()) == self.log.state
 
+    def write(self, puts):
+        return self.log.commit(self.ledger, puts)
+
     def compact(self):
         self.log.payloads = self.ledger.snapshot()
         self.log.origin = object()  # as another inode
         assert entries(self.log.open()) == self.log.state
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_two_handles_that_change_keys_at_random_agree_on_what_is_committed(log, seed):
+class Packer(Actor):
+    """One that packs some of its values, and tries to remove packs that are dead."""
+
+    def check(self):
+        super().check()
+        for ledger in (self.ledger, self.log.open()):
+            alive = Counter()
+            for name, _, length, _ in self.log.state.values():
+                alive[name] += length if name in self.log.sizes else 0
+            alive = +alive
+            assert {name: n for name, n in ledger.packs.items() if n} == alive
+            assert {*ledger.dead_packs()} == ledger.packs.keys() - alive.keys()
+            assert self.log.sizes.keys() <= ledger.packs.keys(), "a pack that nobody would remove"
+
+    def write(self, puts):
+        for name in self.ledger.dead_packs():
+            if self.rng.random() < 0.7:
+                del self.ledger.packs[name]
+                self.log.sizes.pop(name, None)
+        homes = {"": [], P1: [], P2: [], P3: []}
+        for key in puts:
+            homes[self.rng.choice([*homes])].append(key)
+        own = homes.pop("")
+        packed = [
+            self.log.packed(keys, name, length=self.rng.randint(1, 99))
+            for name, keys in homes.items()
+            if keys
+        ]
+        return self.log.commit(self.ledger, own, *packed)
+
+
+def play(log, kind, seed):
+    """Let two handles change keys at random, and check each after all it does."""
     rng = random.Random(seed)
     log.state, log.account, log.origin = {}, {}, None
-    actors = [Actor(log, rng), Actor(log, rng)]
+    actors = [kind(log, rng), kind(log, rng)]
     for _ in range(150):
         actor = rng.choice(actors)
         actor.catch_up()
@@ -574,12 +961,22 @@ def test_two_handles_that_change_keys_at_random_agree_on_what_is_committed(log, 
                 getattr(actor, action)(key)
         else:
             getattr(actor, action)()
-        assert actor.ledger.rows.keys() == actor.view()
-        actor.ledger.check()
+        actor.check()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_handles_that_change_keys_at_random_agree_on_what_is_committed(log, seed):
+    play(log, Actor, seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_handles_that_pack_at_random_agree_on_what_every_pack_holds(log, seed):
+    play(log, Packer, seed)
 
 
 def test_keys_come_in_the_order_of_their_serials(log):
     serials = {"c": 2, "a": 0, "b": 2**40}
-    log.payloads = [encode([(key, serial, log.entry()) for key, serial in serials.items()])]
+    puts = Puts.of({key: log.entry() for key in serials})
+    log.payloads = [encode([([*serials.values()], puts)])]
     log.commit(log.open(), "d")
     assert [*log.open().rows] == [*"acbd"]

@@ -348,12 +348,13 @@ def test_a_value_that_leaves_while_it_is_handed_out_is_in_hand(path, kind):
         c["x"] = ["the next value"]
         marked = []
 
-        def leave(key):  # called by a hit between finding the value and handing it out
-            marked.append(key)
-            in_threads(lambda: c.move_to_disk("k"))
+        class Marks(set):
+            def add(self, key):  # called by a hit between finding the value and handing it out
+                marked.append(key)
+                in_threads(lambda: c.move_to_disk("k"))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(c._memory, "mark", leave)
+            patch.setattr(c._memory.eviction, "marks", Marks())
             value = c["k"]
         assert marked == ["k"]
         change(value)
@@ -611,7 +612,7 @@ def test_references_to_the_dead_do_not_pile_up():
     gc.collect()
     assert len(left.alive()) == 0
     assert sum(left.get(n, "gone") != "gone" for n in range(5 * hands.REFERENCES)) == 0
-    assert len(left._left) <= hands.REFERENCES + 1
+    assert len(left.left) <= hands.REFERENCES + 1
 
 
 # -- no needless work ------------------------------------------------------------------------------
@@ -1397,7 +1398,8 @@ def test_the_refusal_says_where_how_much_is_needed_and_how_much_is_free(crowded,
     assert crowded.path in str(info.value)
     assert os.strerror(CODES[code]) in str(info.value)
     needed, free = map(int, re.search(r"(\d+) bytes needed, (\d+) bytes", str(info.value)).groups())
-    assert needed in (nbytes(NEW[size]), nbytes(crowded["kept"]))
+    streams = [len(pickle.dumps(value, 5)) for value in (NEW[size], crowded["kept"])]
+    assert needed in streams or (size, needed) == ("large", nbytes(NEW[size]))  # not dumped yet
     assert free > 0
 
 
@@ -1975,7 +1977,7 @@ class Watched(threading.Condition):
 @pytest.fixture
 def watched(gated, monkeypatch):
     condition = Watched(gated.lock)
-    monkeypatch.setattr(gated._memory, "_loaded", condition)
+    monkeypatch.setattr(gated._memory._loads, "_ended", condition)
     return condition
 
 

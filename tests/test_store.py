@@ -22,7 +22,7 @@ import chest.index
 import chest.ledger
 import chest.store
 from chest import Chest, CorruptIndexError, CorruptValueError, ReadOnlyError, UnsavedError
-from chest.columns import Entry, encode
+from chest.columns import Entry, Puts, encode
 from chest.directory import Directory
 from chest.index import MAGIC, Index, encode_length, frame
 from chest.ledger import Ledger
@@ -55,6 +55,11 @@ def append(path, *payloads):
     """Leave frames beyond the committed length, as a crash does."""
     with open(keys_file(path), "ab") as file:
         file.write(b"".join(map(frame, payloads)))
+
+
+def block(serial, **entries):
+    """One block of values that have files of their own."""
+    return [([serial] * len(entries), Puts.of(entries))]
 
 
 def publish_anyhow(path, payload):
@@ -564,7 +569,7 @@ def test_a_frame_beyond_the_length_does_not_count_and_its_files_are_swept_by_the
         pass
     entry = value_file(path, "new", 2)
     value_file(path, "foreign", 3)
-    append(path, encode([("new", 1, entry)], first=True, deleted=["x"]))
+    append(path, encode(block(1, new=entry), first=True, deleted=["x"]))
     left = tree(path)
     with Chest(path=path, readonly=True) as reader, Chest(path=path) as c:
         assert dict(reader) == dict(c) == {"x": 1}
@@ -580,7 +585,7 @@ def test_the_values_that_count_are_not_swept_whatever_lies_beyond(path):
     with Chest({"x": 1, "y": 2}, path=path) as c:
         c.flush()
         entries = {key: c._memory.ledger.entry(row) for key, row in c._memory.ledger.stored()}
-    append(path, encode([(key, 5, entry) for key, entry in entries.items()], first=True))
+    append(path, encode(block(5, **entries), first=True))
     append(path, encode([], first=True, cleared=True, left=entries.values()))
     with Chest({"z": 3}, path=path) as c:
         c.flush()
@@ -591,7 +596,7 @@ def test_the_values_that_count_are_not_swept_whatever_lies_beyond(path):
 def test_a_file_of_another_made_under_a_name_that_was_never_committed_stays(path):
     with Chest({"x": 1}, path=path):
         pass
-    append(path, encode([("new", 1, value_file(path, "new", 2))], first=True))
+    append(path, encode(block(1, new=value_file(path, "new", 2)), first=True))
     value_file(path, "new", "written by somebody else since")
     with Chest({"y": 4}, path=path):
         pass
@@ -1127,7 +1132,7 @@ def test_handles_at_random_agree(path, often):
 def test_a_readonly_handle_changes_nothing(path):
     with Chest({"x": [1], "y": [2]}, path=path):
         pass
-    append(path, encode([("new", 5, value_file(path, "new", 2))], first=True))
+    append(path, encode(block(5, new=value_file(path, "new", 2)), first=True))
     value_file(path, ".new-0123456789abcdef-0", 1)
     os.utime(os.path.join(path, ".new-0123456789abcdef-0"), AGES_AGO)
     before = tree(path)

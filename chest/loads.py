@@ -1,0 +1,47 @@
+"""Who is reading which value from disk."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+LOST = 1.0  # seconds between two looks at a load that another thread began
+
+
+class Loads:
+    """The values that are being read now.
+
+    Parameters
+    ----------
+    lock : threading.RLock
+        The lock of the chest.
+
+    Attributes
+    ----------
+    threads : dict of key to int
+        Which thread reads the value of a key.
+    waiting : int
+        How many threads wait for what others read.
+    """
+
+    def __init__(self, lock: Any) -> None:
+        self.threads: dict[Any, int] = {}
+        self.waiting = 0
+        self._ended = threading.Condition(lock)
+
+    def wait(self) -> None:
+        """Wait for the end of another load; needs the lock."""
+        self.waiting += 1
+        try:
+            self._ended.wait(LOST)  # an interrupt may have come before it was told
+        finally:
+            self.waiting -= 1
+
+    def tell(self) -> None:
+        """Wake up those who wait, for a load ended; needs the lock."""
+        self._ended.notify_all()
+
+    def mend(self) -> None:
+        """Forget what an interrupt kept this thread from reading."""
+        me = threading.get_ident()
+        self.threads = {key: thread for key, thread in self.threads.items() if thread != me}

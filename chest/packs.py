@@ -1,0 +1,162 @@
+"""Packs: append-only files of the streams of small values, end to end.
+
+A pack is named ``.pack-<n>``, with rising numbers. Small values that leave memory together are
+appended to the newest one; where there are many, they fill packs of their own, which get their
+names at the commit. Nothing in a pack is ever written over. A pack goes when none of its values
+is alive, and one with little alive is copied into a new one (see `chest.store`).
+
+Packs are read through descriptors that stay open, not through maps: where a file is cut short by
+somebody, a read from it is short and can be told from damage, while a map would kill the process.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Iterable
+from functools import partial
+from io import FileIO
+from itertools import accumulate
+
+from chest.directory import Directory, remove_quietly
+from chest.filenames import pack_number
+from chest.serialize import digest_bytes
+
+PACK_BYTES = 64 << 20  # a pack of so many bytes is full
+PACKED = 4096  # bytes; larger streams get files of their own
+MANY = 64  # values that have to leave memory together for a pack
+OPEN_PACKS = 64  # kept open for reading
+
+
+def write_all(file: FileIO, streams: Iterable[bytes]) -> int:
+    """Write to an unbuffered file, which may take less than asked; return how many bytes."""
+    data = memoryview(b"".join(streams))
+    left = data
+    while left:
+        left = left[file.write(left) :]
+    return len(data)
+
+
+class _Reader(FileIO):
+    """A file that closes when the last thread is done with it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.read_at: Callable[[int, int], bytes]  # length, place
+        if hasattr(os, "pread"):
+            self.read_at = partial(os.pread, self.fileno())
+        else:
+            self.read_at = partial(_read_at, path)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _read_at(path: str, length: int, place: int) -> bytes:
+    with FileIO(path) as file:  # with a position of its own
+        file.seek(place)
+        return file.read(length)
+
+
+class Packs:
+    """The packs of a directory.
+
+    Parameters
+    ----------
+    directory : Directory
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._open: dict[str, _Reader] = {}
+        self._highest = 0
+
+    # -- reading; needs no lock ------------------------------------------------------------------
+
+    def read(self, name: str, place: int, length: int) -> bytes:
+        """Return `length` bytes from `place`, less where the pack ends before.
+
+        Raises
+        ------
+        OSError
+            If the pack is gone, or the system refuses.
+        """
+        file = self._open.get(name) or self._reader(name)
+        data = file.read_at(length, place)
+        while 0 < len(data) < length:
+            more = file.read_at(length - len(data), place + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def peek(self, name: str, place: int, length: int, digest: int) -> bytes | None:
+        """Return a stream if its pack is open and holds it as it was written, else None."""
+        file = self._open.get(name)
+        if file is None:
+            return None
+        data = file.read_at(length, place)
+        return data if digest_bytes(data) == digest and len(data) == length else None
+
+    def read_span(
+        self, name: str, place: int, lengths: array[int], digests: array[int]
+    ) -> list[bytes] | None:
+        """Return the streams that lie end to end from `place`, None if not all are as written."""
+        try:
+            data = self.read(name, place, sum(lengths))
+        except OSError:
+            return None
+        ends = list(accumulate(lengths))
+        streams = list(map(data.__getitem__, map(slice, [0, *ends], ends)))
+        return streams if list(map(digest_bytes, streams)) == digests.tolist() else None
+
+    def _reader(self, name: str) -> _Reader:
+        file = _Reader(self._directory.full_path(name))
+        if len(self._open) >= OPEN_PACKS:  # closed when the last thread is done with them
+            self._open = {}
+        self._open[name] = file
+        return file
+
+    def forget(self, name: str) -> None:
+        """Open a pack anew for the next reading: another one may have its name by now."""
+        self._open.pop(name, None)
+
+    # -- writing; needs the lock of the index ----------------------------------------------------
+
+    def size(self, name: str) -> int:
+        """Return how many bytes a pack has, 0 if it is gone."""
+        try:
+            return os.stat(self._directory.full_path(name)).st_size
+        except FileNotFoundError:
+            return 0
+
+    def append(self, name: str, place: int, streams: Iterable[bytes], *, fsync: bool) -> None:
+        """Write values to the end of a pack, which is at `place`; a new pack begins with 0.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses; the caller owes it to `cut`.
+        """
+        with FileIO(self._directory.full_path(name), "r+" if place else "x") as file:
+            file.seek(place)
+            write_all(file, streams)
+            if fsync:
+                os.fsync(file.fileno())
+
+    def cut(self, name: str, place: int) -> None:
+        """Remove what lies from `place` on, with the pack if that is all of it."""
+        path = self._directory.full_path(name)
+        if place == 0:
+            remove_quietly(path)
+        elif self.size(name) > place:
+            os.truncate(path, place)
+
+    def new_name(self, known: Iterable[str]) -> str:
+        """Return a name that is higher than those `known`, and that nobody uses."""
+        self._highest = max(self._highest, *map(pack_number, known), 0)
+        while True:
+            self._highest += 1
+            name = f".pack-{self._highest}"
+            if not os.path.lexists(self._directory.full_path(name)):
+                return name
