@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from chest.filenames import pack_number
 
 _ATOMS = {str, bytes, int, float, bool, type(None)}
+SERIALS = 1 << 64
 
 Packed = tuple[str, bytes]
 
@@ -112,8 +113,11 @@ class Block:
         self.digests = _unpack(digests)
         self.pack = files if isinstance(files, str) else None
         self.files = [files] * n if isinstance(files, str) else files
+        self.serials: Sequence[int]
         if isinstance(serials, int):
-            self.serials = array("Q", range(serials, serials + n))
+            self.serials = range(serials, serials + n)
+            if not 0 <= serials <= SERIALS - n:
+                raise FrameError(f"it has {serials} as a serial")
         else:
             self.serials = _unpack(serials)
         if not isinstance(places, int):
@@ -124,7 +128,7 @@ class Block:
             self.places = array("Q", [places]) * n
         numbers = (self.serials, self.places, self.lengths, self.digests)
         sizes = {len(self.files), *map(len, numbers)}
-        if n == 0 or sizes != {n} or {*map(type, self.files)} != {str}:
+        if n == 0 or sizes != {n} or (not self.pack and {*map(type, self.files)} != {str}):
             raise FrameError("its columns do not fit each other")
         if self.pack is not None and not pack_number(self.pack):
             raise FrameError(f"it calls {self.pack!r} a pack")

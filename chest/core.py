@@ -174,16 +174,15 @@ class Chest(MutableMapping[K, V]):
 
     def __getitem__(self, key: K) -> V:
         head, seen, fixed, mark = self._memory.quick
-        if head[1] != seen:
-            self._memory.catch_up()
-            fixed, mark = self._memory.quick[2:]
-        try:
-            value: V = fixed[key]
-        except KeyError:
-            pass
-        else:
-            mark(key)
-            return value
+        if head[1] == seen:
+            try:
+                value: V = fixed[key]
+            except KeyError:
+                pass
+            else:
+                mark(key)
+                return value
+        del head  # the traceback of what is raised from here on shall not keep the map open
         return self._memory.get(key)  # type: ignore[no-any-return]  # what was set is a V
 
     def __setitem__(self, key: K, value: V) -> None:

@@ -16,7 +16,7 @@ import operator
 import pickle
 from array import array
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from itertools import groupby, islice, repeat
+from itertools import groupby, repeat
 from typing import Any
 
 from chest.columns import Block, Entry, Frame, Keys, Puts, decode, encode
@@ -205,11 +205,9 @@ class Ledger:
         rows = [*map(self.rows.__getitem__, keys)]
         if max(rows, default=0) < 0:  # all are new
             return [*map(operator.invert, rows)]
-        return [*map(self._serial, keys)]
-
-    def _serial(self, key: Hashable) -> int:
-        row = self.rows[key]
-        return ~row if row < 0 else self._serials[row]
+        if min(rows, default=0) >= 0:
+            return [*map(self._serials.__getitem__, rows)]
+        return [~row if row < 0 else self._serials[row] for row in rows]
 
     def committed_rows(self) -> dict[Any, int]:
         """Return the keys that are stored as of the last commit, with their rows."""
@@ -362,7 +360,6 @@ class Ledger:
                 self.rows[key] = row
                 self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
-        self.sort()
 
     def _retire(self, rows: Iterable[int]) -> None:
         """Take note that the values of these rows are needed no more."""
@@ -390,9 +387,12 @@ class Ledger:
         self._places += block.places
         self._lengths += block.lengths
         self._digests += block.digests
-        self._serials += block.serials
+        self._serials.extend(block.serials)
         self.records += len(block.files)
         keys, rows = self._block_keys(block, base)
+        if not self._deleted and self.rows.keys().isdisjoint(keys):
+            self.rows.update(zip(keys, rows, strict=True))
+            return
         again = {key for key in self._deleted if key in self.rows}  # and then set here
         self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():
@@ -443,16 +443,20 @@ class Ledger:
 
     # -- order and names -------------------------------------------------------------------------
 
-    def _note_order(self, serials: array[int]) -> None:
-        rising = all(map(operator.lt, serials, islice(serials, 1, None)))
+    def _note_order(self, serials: Sequence[int]) -> None:
+        rising = serials.__class__ is range or all(map(operator.lt, serials, serials[1:]))
         if not rising or serials[0] < self._next_serial:
             self._in_order = False
-        self._next_serial = max(self._next_serial, max(serials) + 1)
+        self._next_serial = max(self._next_serial, serials[-1] + 1 if rising else max(serials) + 1)
 
     def sort(self) -> None:
         """Bring the keys into the order in which they were first set."""
         if not self._in_order:
-            self.rows = dict(sorted(self.rows.items(), key=lambda item: self._serial(item[0])))
+            keys, rows = [*self.rows], [*self.rows.values()]
+            serials = self._serials_of(keys)
+            order = sorted(range(len(keys)), key=serials.__getitem__)
+            sorted_rows = map(rows.__getitem__, order)
+            self.rows = dict(zip(map(keys.__getitem__, order), sorted_rows, strict=True))
             self._in_order = True
 
     def forget_folders(self, names: Iterable[str]) -> None:

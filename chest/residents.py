@@ -393,6 +393,12 @@ class Residents(ABC):
 
     def get(self, key: Hashable) -> Any:
         """Return the value of a key; where it is resident, without a lock."""
+        if self.head[1] != self.seen:
+            self.catch_up()
+            value = self.quick[2].get(key, MISSING)
+            if value is not MISSING:  # a hit, now that there is no news any more
+                self.eviction.marks.add(key)
+                return value
         value = self.inmem.get(key, MISSING)
         if value is MISSING:
             value = self._get_packed(key)

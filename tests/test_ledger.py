@@ -30,11 +30,12 @@ class Log:
         self._names = count()
 
     def open(self, trusted=True):
-        """Replay everything, as opening the chest does."""
+        """Replay everything, as opening the chest does, and look at the order, as its user does."""
         ledger = Ledger(trusted)
         for payload in self.payloads:
             ledger.apply(payload)
         ledger.inherit(Ledger(trusted))
+        ledger.sort()
         ledger.check()
         return ledger
 
