@@ -28,9 +28,9 @@ from chest.filenames import key_to_filename
 from chest.memory import Memory
 from chest.options import DEFAULT_AVAILABLE_MEMORY, Options, absolute, budget
 from chest.processes import enlist
+from chest.reading import demand
 from chest.serialize import Dump, Load, Open, Serializer, dump_pickle
 from chest.sizes import nbytes
-from chest.store import demand
 from chest.views import ChestItems, ChestKeys, ChestValues
 
 K = TypeVar("K", bound=Hashable)

@@ -7,6 +7,7 @@ missing key is a plain ``KeyError(key)``, and a disk that refuses is the ``OSErr
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Hashable
 from reprlib import Repr
 from typing import Any
@@ -27,6 +28,18 @@ def say(error: BaseException) -> str:
     except Exception:  # noqa: BLE001 -- it is somebody else's, and its type says enough
         text = "(no message)"
     return " ".join(f"{type(error).__name__}: {text}".split())
+
+
+def told(error: OSError, path: str, needed: int) -> OSError:
+    """Return `error` with what the user wants to know: where, how much, how much is free."""
+    if not error.errno:
+        return error
+    try:
+        free = f"{shutil.disk_usage(path).free} bytes are free"
+    except OSError:
+        free = "free bytes unknown"
+    message = f"{error.strerror} (about {needed} bytes needed, {free})"
+    return type(error)(error.errno, message, path)
 
 
 class ChestError(Exception):

@@ -9,7 +9,7 @@ import pytest
 from filelock import lock_descriptor, unlock_descriptor
 
 import chest.index
-import chest.store
+import chest.reading
 from chest import Chest, CorruptIndexError
 from chest.index import Index, encode_length, frame, write_log
 
@@ -456,7 +456,7 @@ def test_a_commit_holds_the_lock_until_it_is_done(path, monkeypatch):
             held.append(is_locked(self.path))
             super().publish()
 
-    monkeypatch.setattr(chest.store, "Index", Watching)
+    monkeypatch.setattr(chest.reading, "Index", Watching)
     with Chest({"x": 1}, path=path) as c:
         c.flush()
         held.append(is_locked(os.path.join(path, ".keys")))

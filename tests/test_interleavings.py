@@ -35,6 +35,7 @@ import pytest
 import chest.memory
 import chest.staging
 import chest.store
+import chest.upkeep
 from chest import Chest, ChestClosedError
 from chest.directory import Directory
 from chest.eviction import Eviction
@@ -44,7 +45,6 @@ from chest.ledger import Ledger
 from chest.loads import Loads
 from chest.memory import Memory
 from chest.packs import MANY, Packs
-from chest.residents import Residents
 from chest.serialize import SMALL, Serializer
 from chest.staging import Batch, StagedPack
 from chest.store import Store
@@ -346,14 +346,14 @@ def delete_and_set(d):
 
 
 LOAD_STEPS = {
-    "begin": (Residents, "_begin_load"),
-    "load": (Residents, "_load"),
+    "begin": (Memory, "_begin_load"),
+    "load": (Memory, "_load"),
     "read": (Serializer, "read"),
-    "measure": (Residents, "measure"),
-    "digest": (Residents, "_digest_as_loaded"),
-    "take in": (Residents, "_take_in"),
-    "look again": (Residents, "_wants"),
-    "admit": (Residents, "_admit"),
+    "measure": (Memory, "measure"),
+    "digest": (Memory, "_digest_as_loaded"),
+    "take in": (Memory, "_take_in"),
+    "look again": (Memory, "_wants"),
+    "admit": (Memory, "_admit"),
     "in hand": (Hands, "hold"),
 }
 OUT_OF_HAND = (Hands, "empty")  # "in hand" of what cannot change
@@ -450,7 +450,7 @@ def lower_the_budget(d):
 
 COMMIT_STEPS = {
     "compare a value": (Serializer, "digest"),
-    "compare values": (Residents, "_suspects"),
+    "compare values": (Memory, "_suspects"),
     "dump small values": (Memory, "_streams"),
     "dump one of them": (Telling, "__reduce__"),
     "collect their streams": (Batch, "add"),
@@ -506,7 +506,7 @@ def _bounds(step, monkeypatch):
     if step in STAGED_PACKS:
         monkeypatch.setattr(chest.staging, "STREAM_BYTES", 0)
     if step in REPACKS:
-        monkeypatch.setattr(chest.store, "WASTE", 0)
+        monkeypatch.setattr(chest.upkeep, "WASTE", 0)
 
 
 bounded = pytest.mark.usefixtures("_bounds")
@@ -822,7 +822,7 @@ def test_a_value_that_is_set_back_after_its_file_was_gone_is_that_value(
     store(path, {"k": value})
     with Chest(path=path) as c:
         first_time(Serializer, "read", lambda: replace("other"))
-        first_time(Residents, step, back)
+        first_time(Memory, step, back)
         assert c["k"] == value
         c._check()
 
@@ -861,7 +861,7 @@ def test_what_sets_only_missing_keys_keeps_what_others_set(path, update, step, a
         }[action],
     ]
     c = Chest({"k": ["k"]}, path=path)
-    outcomes, _ = meet(c, *acts, Step(Residents, step), when)
+    outcomes, _ = meet(c, *acts, Step(Memory, step), when)
     check_orders(c, path, {"k": ["k"]}, acts, outcomes)
 
 
@@ -975,9 +975,9 @@ REMOVALS = {
 REMOVAL_STEPS = {
     "its row": (Ledger, "delete"),
     "all rows": (Ledger, "clear"),
-    "forget it": (Residents, "_forget"),
-    "let it go": (Residents, "_leave"),
-    "forget all": (Residents, "_empty"),
+    "forget it": (Memory, "_forget"),
+    "let it go": (Memory, "_leave"),
+    "forget all": (Memory, "_empty"),
 }
 ALL_REMOVALS = [
     (step, removal)
@@ -1313,7 +1313,7 @@ def run_together(*acts):
 @pytest.fixture
 def hostile(monkeypatch):
     """Let threads take turns as often as they can, and the index be compacted all the time."""
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 30)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 30)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield

@@ -35,6 +35,7 @@ from itertools import count
 import pytest
 
 import chest.store
+import chest.upkeep
 from chest import Chest
 
 fcntl = pytest.importorskip("fcntl")
@@ -1089,7 +1090,7 @@ def test_the_points_are_those_where_a_signal_raises():
 @pytest.fixture(autouse=True)
 def _small_log(monkeypatch):
     """Let the index be compacted often, and temporary chests be where the story wants them."""
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 5)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 5)
     monkeypatch.setattr(tempfile, "tempdir", tempfile.gettempdir())
     monkeypatch.setattr(os, "fsync", os.fstat)  # as good to be interrupted at, and faster
     logging.getLogger("chest").setLevel(logging.CRITICAL)

@@ -20,10 +20,11 @@ import pytest
 
 import chest.index
 import chest.ledger
-import chest.memory
 import chest.packs
+import chest.saving
 import chest.staging
 import chest.store
+import chest.upkeep
 from chest import Chest, CorruptValueError, ReadOnlyError, UnsavedError
 from chest.directory import Directory
 from chest.index import Index
@@ -114,10 +115,10 @@ def reads(monkeypatch):
 @pytest.fixture
 def tight(monkeypatch):
     """Let little waste be too much, and little be many; packs hold 3000 bytes."""
-    monkeypatch.setattr(chest.store, "WASTE", 2000)
-    monkeypatch.setattr(chest.store, "COPIED", 50)
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 100)
-    monkeypatch.setattr(chest.memory, "STEP", 16)
+    monkeypatch.setattr(chest.upkeep, "WASTE", 2000)
+    monkeypatch.setattr(chest.upkeep, "COPIED", 50)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 100)
+    monkeypatch.setattr(chest.saving, "STEP", 16)
     monkeypatch.setattr(chest.staging, "STREAM_BYTES", 1000)
     for module in (chest.staging, chest.store):
         monkeypatch.setattr(module, "PACK_BYTES", 3000)
@@ -437,7 +438,7 @@ def test_damaged_values_can_be_deleted_and_overwritten(two_packs, damage, n):
 def test_packs_that_are_copied_neither_spread_damage_nor_hide_it(
     two_packs, damage, tight, monkeypatch
 ):
-    monkeypatch.setattr(chest.store, "WASTE", 1)
+    monkeypatch.setattr(chest.upkeep, "WASTE", 1)
     with Chest(path=two_packs) as c:
         lost = damage(c)
         kept = {*small(3), *lost[:2], "k100"}
@@ -467,7 +468,7 @@ def assert_bounded(c):
     """Assert that dead values take little room."""
     len(c)
     alive = sum(c._memory.ledger.packs.values())
-    assert packed_bytes(c.path) <= 2 * alive + chest.store.WASTE
+    assert packed_bytes(c.path) <= 2 * alive + chest.upkeep.WASTE
 
 
 def test_overwriting_keeps_the_packs_small(path, tight):
@@ -670,9 +671,9 @@ def act(c, expected, rnd):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_is_done_the_books_are_right_and_the_packs_small(path, tight, monkeypatch, seed):
-    monkeypatch.setattr(chest.memory, "MANY", 8)
+    monkeypatch.setattr(chest.saving, "MANY", 8)
     monkeypatch.setattr(chest.ledger, "FRAME_KEYS", 10)
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 30)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 30)
     rnd = random.Random(seed)
     expected = {}
     handles = [Chest(path=path, available_memory=budget) for budget in (3000, 1e9)]
@@ -1072,7 +1073,7 @@ def rewrite_until_moved(c, key):
     before = entry(c, key).file
     others = [other for other in c if other != key]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chest.store, "WASTE", 1)
+        patch.setattr(chest.upkeep, "WASTE", 1)
         for turn in range(50):
             c.update(dict.fromkeys(others, f"turn {turn}"))
             c.flush()
@@ -1147,7 +1148,7 @@ def test_a_pack_name_that_is_used_again_is_noticed(path, how, readonly):
 
 
 def test_a_value_that_is_only_moved_stays_in_memory(path, tight, monkeypatch):
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 10_000)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 10_000)
     with Chest({f"k{n}": [n] for n in range(100)}, path=path) as c, Chest(path=path) as other:
         c.flush()
         value, text = other["k5"], other.setdefault("text", "x" * 10)

@@ -33,9 +33,11 @@ from pathlib import Path
 import pytest
 
 import chest
+import chest.directory
 import chest.index
+import chest.reading
 import chest.sizes
-import chest.store
+import chest.upkeep
 from chest import Chest, ChestClosedError, ReadOnlyError, UnsavedError
 
 ROOT = Path(chest.__file__).parent.parent
@@ -851,7 +853,7 @@ def test_a_hook_may_fork_and_the_child_use_the_chest(run, hook, end):
 @pytest.mark.parametrize("inside", ["transaction", "flush", "spill"])
 def test_a_child_that_leaves_in_the_midst_of_a_commit_harms_nothing(path, monkeypatch, inside):
     """As one that a signal handler forked: its unwinding must not take back the parent's commit."""
-    place, children = chest.store.Directory.place, []
+    place, children = chest.directory.Directory.place, []
 
     def place_and_fork(self, staged, name):
         place(self, staged, name)
@@ -864,7 +866,7 @@ def test_a_child_that_leaves_in_the_midst_of_a_commit_harms_nothing(path, monkey
     def work():
         with Chest({"x": [0], "old": [0]}, path) as c:
             c.flush()
-            monkeypatch.setattr(chest.store.Directory, "place", place_and_fork)
+            monkeypatch.setattr(chest.directory.Directory, "place", place_and_fork)
             match inside:
                 case "transaction":
                     with c.transaction():
@@ -1065,7 +1067,7 @@ def test_a_change_in_place_outlives_what_another_process_committed(path, elsewhe
 def test_a_compacted_index_is_found_by_who_had_the_old_one_open(
     path, elsewhere, monkeypatch, waiting
 ):
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 0)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0)
     with Chest({"x": [-1]}, path) as c, Chest(path=path) as d:
         c.flush()
         assert d["x"] == [-1]
@@ -1092,7 +1094,7 @@ def test_a_compacted_index_is_found_by_who_had_the_old_one_open(
 @needs_fork
 def test_readers_never_see_anything_torn_or_older_while_others_overwrite(path, monkeypatch):
     """Two overwrite and compact all the time, with much and with no memory; three read."""
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 10)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 10)
     rounds = 90
 
     def write(name, available):
@@ -1223,7 +1225,7 @@ def test_who_waits_for_long_is_told_of_it_with_the_path(path, elsewhere, monkeyp
 @needs_fork
 def test_nobody_waits_at_a_file_that_a_compaction_replaced(path, monkeypatch):
     """Also when a child, forked between the replacement and the closing, has the old file open."""
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 0)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0)
     waits = threading.Event()
     done, forks = [], []
     try_lock, replace = chest.index.Index._try_lock, os.replace
@@ -1372,7 +1374,7 @@ def compact(c):
     c.update(x=[1], new=[1])
     c["a", "b"] = [1]
     del c["old"]
-    chest.store.COMPACT_RECORDS = 0
+    chest.upkeep.COMPACT_RECORDS = 0
     c._memory.store._compact_from = 0
     c.flush()
 
@@ -1489,7 +1491,7 @@ def test_a_child_that_lives_on_keeps_no_lock_of_a_parent_that_was_killed(fresh, 
 @needs_fork
 def test_a_child_forked_in_a_compaction_has_no_lock_of_the_new_index(path, monkeypatch):
     """Its parent goes on for a while, and is killed before it unlocks."""
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 0)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0)
     replace, adopt = os.replace, chest.index.Index._adopt
     read_end, write_end = os.pipe()
     ready_end, told_end = os.pipe()
@@ -1555,7 +1557,7 @@ def test_who_is_killed_while_it_makes_a_chest_is_in_nobodys_way(tmp_path):
 def test_what_another_process_dropped_is_empty_for_readers(
     path, elsewhere, monkeypatch, compacted
 ):
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 0 if compacted else 1000)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0 if compacted else 1000)
     with Chest(path=path, available_memory=0) as c:
         c["x"] = [1]
         other = elsewhere(path)
@@ -1702,13 +1704,13 @@ def test_a_chest_opens_while_another_process_drops_the_one_at_its_path(path, mon
         return wrapped
 
     if call == "open":
-        write_log = chest.store.write_log
+        write_log = chest.reading.write_log
 
         def writing(*args, **options):
             write_log(*args, **options)
             drop()
 
-        monkeypatch.setattr(chest.store, "write_log", writing)
+        monkeypatch.setattr(chest.reading, "write_log", writing)
     else:
         monkeypatch.setattr(os, call, once(getattr(os, call)))
     c = Chest(path=path)
@@ -1752,7 +1754,7 @@ def test_a_new_chest_never_takes_the_place_of_another_one(path, monkeypatch):
 @needs_fork
 def test_dropping_and_opening_all_the_time_damages_nothing(path, monkeypatch):
     """Whatever goes wrong is a clear error; what a chest names is always there."""
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 5)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 5)
 
     def work(name):
         c = None
@@ -2106,7 +2108,7 @@ def test_nothing_committed_is_lost_or_seen_torn_while_processes_are_killed(
     seed = int(os.environ.get("CHEST_SEED") or random.randrange(10**6))
     print("CHEST_SEED =", seed)
     choice = random.Random(seed)
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 30)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 30)
     errors = tmp_path / "errors"
     errors.mkdir()
     shared = Shared()

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import chest.memory
 import chest.packs
+import chest.saving
 import chest.staging
 import chest.store
 from chest import Chest, UnsavedError
@@ -79,7 +79,7 @@ def disk(monkeypatch):
 @pytest.fixture
 def staged(monkeypatch):
     """Write small values to staged packs, sixteen at a time; those hold a thousand bytes."""
-    monkeypatch.setattr(chest.memory, "STEP", 16)
+    monkeypatch.setattr(chest.saving, "STEP", 16)
     monkeypatch.setattr(chest.staging, "STREAM_BYTES", 200)
     for module in (chest.staging, chest.store):
         monkeypatch.setattr(module, "PACK_BYTES", 1000)

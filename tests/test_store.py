@@ -21,6 +21,7 @@ from xxhash import xxh3_64_intdigest
 import chest.index
 import chest.ledger
 import chest.store
+import chest.upkeep
 from chest import Chest, CorruptIndexError, CorruptValueError, ReadOnlyError, UnsavedError
 from chest.columns import Entry, Puts, encode
 from chest.directory import Directory
@@ -85,7 +86,7 @@ def read_back(path, **options):
 def compact(c):
     """Commit until the index has been compacted."""
     before = os.stat(keys_file(c.path)).st_ino
-    for n in range(3 * (len(c) + chest.store.COMPACT_RECORDS)):
+    for n in range(3 * (len(c) + chest.upkeep.COMPACT_RECORDS)):
         c["filler"] = n
         c.flush()
         if os.stat(keys_file(c.path)).st_ino != before:
@@ -96,7 +97,7 @@ def compact(c):
 @pytest.fixture
 def often(monkeypatch):
     """Let indexes be compacted often."""
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 4)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 4)
 
 
 # -- a crash at any step --------------------------------------------------------------------------
@@ -996,7 +997,7 @@ class HoldingChest(Chest):
 @pytest.mark.parametrize("there", REPLACED + GONE)
 @pytest.mark.parametrize("here", CLEAN + CHANGED + DIRTY + DELETED)
 def test_a_key_that_two_handles_changed(path, monkeypatch, here, there, how):
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 4)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 4)
     with HoldingChest({"k": {"old"}, "l": {1}}, path=path) as c, Chest(path=path) as other:
         c.flush()
         other["k"]

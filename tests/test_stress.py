@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-import chest.store
+import chest.upkeep
 from chest import Chest
 
 SECONDS = float(os.environ.get("CHEST_STRESS", "0"))
@@ -30,7 +30,7 @@ COUNTS = 60  # of each thread
 @pytest.fixture(autouse=True)
 def _hostile(monkeypatch):
     """Let threads take turns as often as they can, and the index be compacted all the time."""
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 30)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 30)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     logging.getLogger("chest").setLevel(logging.ERROR)

@@ -41,6 +41,7 @@ from hypothesis.stateful import (
 import chest.index
 import chest.ledger
 import chest.store
+import chest.upkeep
 from chest import Chest, ChestClosedError, ReadOnlyError, UnsavedError
 from chest.directory import Directory
 from chest.index import Index
@@ -99,7 +100,7 @@ def options(request):
 @pytest.fixture
 def often(monkeypatch):
     """Let indexes be compacted often."""
-    monkeypatch.setattr(chest.store, "COMPACT_RECORDS", 4)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 4)
 
 
 @pytest.fixture
@@ -2007,7 +2008,7 @@ class TransactionMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.patches = ExitStack()
-        for owner, name in ((chest.store, "COMPACT_RECORDS"), (chest.ledger, "FRAME_KEYS")):
+        for owner, name in ((chest.upkeep, "COMPACT_RECORDS"), (chest.ledger, "FRAME_KEYS")):
             few = 12 if name == "COMPACT_RECORDS" else 2
             self.patches.enter_context(mock.patch.object(owner, name, few))
         self.folder = tempfile.TemporaryDirectory()

@@ -1,0 +1,208 @@
+"""What of a chest changed in place, or by other handles on its directory."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Hashable, Iterable
+from itertools import compress, filterfalse
+from typing import Any
+
+from chest.columns import Entry
+from chest.errors import ChestClosedError, ReadOnlyError
+from chest.ledger import UNSAVED
+from chest.residents import MISSING, Residents
+from chest.serialize import SMALL, UndumpableError, changeable, digest_bytes
+
+STEP = 1024  # values dumped at a time
+
+
+class Changes(Residents):
+    """The values in memory, brought in line with what happened to them elsewhere."""
+
+    # -- by other handles --------------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Take in what another handle on the directory committed.
+
+        While a thread is in a transaction, every operation comes here, and the others wait. So it
+        does after an interrupt.
+        """
+        if self._is_publishing():
+            return
+        with self.lock, self:
+            if self._torn:
+                self._mend()
+            if self.head[1] != self.seen and not self.in_transaction:
+                self.store.catch_up()
+                self._absorb()
+
+    def _is_publishing(self) -> bool:
+        """Tell whether the news are this very handle's, whose commit is not through yet."""
+        store = self._store
+        quiet = store is not None and not self.in_transaction and not self._torn
+        return quiet and self.head[1] == store.index.publishing  # type: ignore[union-attr]
+
+    def refresh(self) -> None:
+        """Take in what others committed, also where the system tells late of it."""
+        with self.lock, self:
+            if self.closed:
+                raise ChestClosedError(self.path)
+            if self.path is not None and not self.in_transaction:
+                self.store.catch_up(look=True)
+                self._absorb()
+
+    def _absorb(self) -> None:
+        """Bring memory in line with keys that others replaced or deleted."""
+        self._look(self.store)
+        changed = self.ledger.changed
+        while changed:
+            key, digest = next(iter(changed.items()))
+            value = self.in_memory(key)
+            keep = key in self.dirty or (value is not MISSING and self._differs(key, value, digest))
+            if self.in_memory(key) is value:  # else what pickled it replaced it
+                if keep and key not in self.ledger.rows:
+                    self.ledger.add(key)
+                if keep:
+                    self._revive(key, value)
+                else:
+                    self._forget(key)
+            changed.pop(key, None)
+
+    def begin(self, action: str | None = None) -> None:
+        """Start an operation: catch up with other handles; needs the lock.
+
+        Parameters
+        ----------
+        action : str or None
+            What is going to be changed.
+        """
+        if self.head[1] != self.seen:
+            self.catch_up()
+        if self._hands.owed:
+            self._settle_owed()
+        if self.readonly and action is not None:
+            raise ReadOnlyError(str(self.path), action)
+
+    # -- in place ----------------------------------------------------------------------------------
+
+    def _hold(self, key: Hashable, value: Any) -> None:
+        """Put a value in this thread's hand, and look at what was in it."""
+        self._note(key)
+        self._settle(self._hands.hold(key, value))
+
+    def _note(self, key: Hashable) -> None:
+        """Take note that a transaction may change a value."""
+        if self.in_transaction:
+            self._inside.add(key)
+
+    def _settle_owed(self) -> None:
+        while self._hands.owed:
+            self._settle(self._hands.gone(self._hands.owed.popleft()))
+
+    def _settle(self, released: list[tuple[Any, Any]]) -> None:
+        """Make those values resident and dirty that changed while they were in hand."""
+        if released:
+            with self._hands.pinned():  # hooks may take other values in hand
+                self._settle_pinned(released)
+
+    def _settle_pinned(self, released: list[tuple[Any, Any]]) -> None:
+        changed = []
+        for n, (key, value) in enumerate(released):
+            try:
+                row = self.ledger.rows.get(key, UNSAVED)
+                if row >= 0 and self._differs(key, value, self.ledger.digest(key)):
+                    self._revive(key, value)
+                    changed.append(key)
+                else:
+                    self._hands.settled(key, value)
+            except BaseException:  # an interrupt: nobody knows, so they count as changed
+                for pair in released[n:]:
+                    self._revive(*pair)
+                raise
+        for key in changed:
+            self._make_room(key)
+
+    def _revive(self, key: Hashable, value: Any) -> None:
+        """Make a value that changed in place resident and dirty, if its key is still there."""
+        size = 0 if key in self.inmem else self.measure(value)
+        if key not in self.ledger.rows or self.in_memory(key) is not value:
+            return  # what measured or pickled it replaced or deleted it
+        self.dirty[key] = None
+        if key not in self.inmem:
+            self._enter(key, value, size, 1)
+
+    def _revive_changed(self) -> None:
+        """Find every value that changed in place, in memory and alive elsewhere."""
+        if not self.options.writeback:
+            return
+        clean = [*filterfalse(self.dirty.__contains__, self._loose)]
+        large = self.eviction.large() if clean else set()
+        for start in range(0, len(clean), STEP):
+            keys = clean[start : start + STEP]
+            for key in self._suspects(keys, large) if self.serializer.direct else keys:
+                self._must_write(key)
+        for key, value in self._hands.alive():
+            if self._hands.get(key) is value and self._differs(key, value, self.ledger.digest(key)):
+                self._revive(key, value)
+
+    def _suspects(self, keys: list[Any], large: set[Hashable]) -> list[Any]:
+        """Return those of `keys` that have to be looked at one by one: no others have changed.
+
+        Small values are pickled and compared in few steps.
+        """
+        small = [*filterfalse(large.__contains__, keys)] if large else keys
+        try:
+            expected: Iterable[Any] = self.ledger.digests(small)
+            if self._as_loaded:
+                expected = map(self._as_loaded.get, small, expected)
+            expected = [*expected]
+            streams: Any = self.serializer.dumps_all([*map(self.inmem.__getitem__, small)])
+            changed = [*compress(small, map(operator.ne, expected, map(digest_bytes, streams)))]
+        except (KeyError, TypeError):  # what is pickled deletes others, or cannot be
+            return keys
+        return changed if small is keys else [*changed, *filter(large.__contains__, keys)]
+
+    def _differs(self, key: Hashable, value: Any, digest: int) -> bool:
+        """Tell whether a clean value is not what was stored with `digest`."""
+        if not self._may_change(value):
+            return False
+        size = self.eviction.size(key) if key in self.eviction else SMALL
+        expected = self._as_loaded.get(key, digest)
+        try:
+            now = self.serializer.digest(value, size)
+            if now is None:
+                staged = self.store.stage(value, size)
+                os.unlink(staged.path)
+                now = staged.digest
+        except UndumpableError:
+            return expected is not None
+        except OSError:
+            return True  # who writes it will be told
+        return now != expected
+
+    def _may_change(self, value: Any) -> bool:
+        return self.options.writeback and not self.readonly and changeable(value)
+
+    def _digest_as_loaded(self, value: Any, entry: Entry) -> int | None:
+        """Return the digest that a value has that was just loaded, None if it has none.
+
+        Often that of its file. But the same value may have several pickles: sets of str have
+        another order in every process, and another protocol or class may have written it.
+        """
+        if not self._may_change(value):
+            return entry.digest
+        try:
+            digest = self.serializer.digest(value, entry.length)
+        except UndumpableError:
+            return None
+        return entry.digest if digest is None else digest
+
+    def _must_write(self, key: Hashable) -> bool:
+        if key in self.dirty or key not in self.inmem:
+            return key in self.dirty
+        value = self.inmem[key]
+        changed = self._differs(key, value, self.ledger.digest(key))
+        if changed and self.inmem.get(key, MISSING) is value:
+            self.dirty[key] = None
+        return changed

@@ -1,0 +1,309 @@
+"""How values come back into memory.
+
+Reading a value file does not hold the lock, so that values load side by side; one value is loaded
+once, however many threads ask for it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Hashable
+from itertools import count
+from typing import Any
+
+from chest.changes import Changes
+from chest.columns import Entry
+from chest.errors import CorruptValueError
+from chest.ledger import UNSAVED
+from chest.residents import MISSING
+from chest.serialize import changeable
+
+TRIES = 3  # times that a value is read which others replace in the meantime
+TOUCHES = 64  # how often a value is handed out between two looks at its size
+
+
+class Loading(Changes):
+    """The values in memory, and those that come back from the disk when they are asked for."""
+
+    # -- values that are in memory -----------------------------------------------------------------
+
+    def get(self, key: Hashable) -> Any:
+        """Return the value of a key; where it is resident, without a lock."""
+        if self.head[1] != self.seen:
+            self.catch_up()
+            value = self.quick[2].get(key, MISSING)
+            if value is not MISSING:  # a hit, now that there is no news any more
+                self.eviction.marks.add(key)
+                return value
+        value = self.inmem.get(key, MISSING)
+        if value is MISSING:
+            value = self._get_packed(key)
+            return self.fetch(key) if value is MISSING else value
+        self.eviction.marks.add(key)
+        size, touches = self._touched.get(key, (_shallow_size(value), 0))
+        if touches == TOUCHES or size != _shallow_size(value):
+            self._measure_again(key, value)
+        else:
+            self._touched[key] = (size, touches + 1)
+        released = self._hands.swap(key, value)
+        if released is not None:
+            self._hands.owed.append(released)
+            self._if_free(self._settle_owed)
+        # Another thread may have begun a transaction, or deleted it, or spilled it before it was in
+        # the hand.
+        same = self.inmem.get(key, MISSING) is value and key in self.ledger.rows
+        return value if same and not self.in_transaction else self.fetch(key)
+
+    def peek(self, key: Hashable) -> Any:
+        """Return the value of a key; one that has to be read pushes no other out of memory."""
+        if self.head[1] != self.seen:
+            self.catch_up()
+        return self.get(key) if key in self.inmem else self.fetch(key, stream=True)
+
+    def _measure_again(self, key: Hashable, value: Any) -> None:
+        """Count a value that is in use with the size that it has by now."""
+        self._if_free(self._count_again, key, value, self.measure(value))
+
+    def _if_free(self, step: Callable[..., None], *args: Any) -> None:
+        """Take a step under the lock, if no other thread has it: a hit waits for nobody."""
+        try:
+            if self.lock.acquire(blocking=False):
+                with self:
+                    step(*args)
+        finally:
+            try:  # noqa: SIM105 -- no call before: interrupts come with calls
+                self.lock.release()
+            except RuntimeError:
+                pass  # another thread has it
+
+    def _count_again(self, key: Hashable, value: Any, size: int) -> None:
+        if self._torn or self.inmem.get(key, MISSING) is not value:
+            return
+        self._touched[key] = (_shallow_size(value), 0)
+        if size == self.eviction.size(key):
+            return
+        if len(self._touched) > 2 * len(self.inmem) + TOUCHES:  # left by threads that raced
+            self._touched = {}
+        uses = self.eviction.uses(key)
+        self.eviction.discard(key)
+        self.eviction.enroll(key, size, uses)
+        self._hold(key, value)
+        self._make_room()
+
+    # -- values that are read ----------------------------------------------------------------------
+
+    def fetch(self, key: Hashable, *, uses: int = 0, stream: bool = False) -> Any:
+        """Return the value of a key, from wherever it is.
+
+        Parameters
+        ----------
+        key : hashable
+        uses : int
+            How often it counts as used when it has to be read.
+        stream : bool
+            Make it resident only where nothing has to leave for it.
+
+        Raises
+        ------
+        KeyError
+            If there is no such key.
+        CorruptValueError, SerializerError
+        """
+        with self.lock, self:
+            self.begin()
+        for tries in count(1):
+            entry = None
+            try:
+                entry = self._begin_load(key, stream)
+                if not isinstance(entry, Entry):
+                    return entry[0]
+                value, again = self._load(key, entry, tell=tries == 1)
+                if value is MISSING:
+                    continue
+                crowded = stream and entry.length > self.available - self.eviction.total
+                size = entry.length if crowded else self.measure(value)
+                digest = entry.digest if again else self._digest_as_loaded(value, entry)
+                with self.lock, self:
+                    taken = self._take_in(key, entry, value, size, digest, uses, stream)
+                if taken or tries == TRIES:  # it was the value when the read began
+                    return value
+            finally:
+                if entry.__class__ is not tuple:
+                    # With no call before: interrupts come with calls.
+                    self._loads.threads.pop(key, None)
+                    with self.lock:
+                        self._loads.tell()
+        return MISSING
+
+    def _get_packed(self, key: Hashable) -> Any:
+        """Return the value of a key from a pack that is open; `MISSING` where there is more to do.
+
+        This is `fetch` for small records by the million, step by step what it does.
+        """
+        ledger, store, me = self.ledger, self._store, threading.get_ident()
+        row = ledger.rows.get(key, UNSAVED)
+        if row < 0 or store is None or self.reads_alone or self.head[1] != self.seen:
+            return MISSING
+        where = ledger.where(row)
+        stream = store.packs.peek(*where)
+        if stream is None or self._loads.threads.setdefault(key, me) is not me:  # each is a new int
+            return MISSING
+        taken = False
+        try:
+            try:
+                value = pickle.loads(stream)
+            except Exception:  # noqa: BLE001 -- `fetch` tells
+                return MISSING
+            size = self.measure(value)
+            fixed = not changeable(value)
+            digest = where[3] if fixed else self._digest_as_loaded(value, Entry(*where))
+            with self.lock:
+                if self.ledger is not ledger or self.head[1] != self.seen:
+                    return MISSING
+                if (
+                    fixed
+                    and ledger.rows.get(key) == row
+                    and key not in self.inmem
+                    and key not in self._hands.left
+                    and not self._hands.held
+                    and self.eviction.total + size <= self.available
+                ):
+                    self._enter_fixed(key, value, size)
+                    taken = True
+                else:
+                    taken = self._take_in(key, Entry(*where), value, size, digest, 1, False)
+                self._loads.threads.pop(key, None)  # before anybody else gets the lock
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        finally:
+            if self._loads.waiting or not taken:
+                self._loads.threads.pop(key, None)
+                with self.lock:
+                    self._loads.tell()
+        return value if taken else MISSING
+
+    @property
+    def reads_alone(self) -> bool:
+        """Whether a hook, or whatever is not pickle itself, has to see each value that is read."""
+        return self.options.on_miss is not None or not self.serializer.direct
+
+    def _take_in(
+        self,
+        key: Hashable,
+        entry: Entry,
+        value: Any,
+        size: int,
+        digest: int | None,
+        uses: int,
+        stream: bool,
+    ) -> bool:
+        """Make a value resident that was read from `entry`, unless that is history."""
+        if self._torn or not self._wants(key, entry):
+            return False
+        if digest != entry.digest:
+            self._as_loaded[key] = digest
+        self._loads.threads.pop(key, None)  # before anybody else gets the lock
+        self._admit(key, value, size, uses, stream)
+        return True
+
+    def _begin_load(self, key: Hashable, stream: bool) -> Entry | tuple[Any]:
+        """Return where to read the value from, or the value itself in a tuple.
+
+        A thread that holds the lock already reads for itself what another one is reading: to wait
+        would let go of a lock that somebody relies on. So does one that is reading already, in
+        whose `load` this happens: the other may be waiting for it in turn.
+        """
+        me = threading.get_ident()
+        locked = self.lock._is_owned()  # type: ignore[attr-defined]  # as Condition asks it
+        with self.lock, self:
+            nested = locked or me in self._loads.threads.values()
+            while True:
+                if self._torn:
+                    self.catch_up()
+                if key in self.inmem:
+                    self.eviction.marks.add(key)
+                    value = self.inmem[key]
+                    if key in self._loose:
+                        self._hold(key, value)  # which may make room, and let go of it
+                    return (value,)
+                value = self._hands.get(key, MISSING)
+                row = self.ledger.rows.get(key, UNSAVED)
+                if value is not MISSING:
+                    size = self.measure(value)
+                    same = self.in_memory(key) is MISSING or self.in_memory(key) is value
+                    if same and key not in self.inmem and self.ledger.rows.get(key) == row:
+                        self._admit(key, value, size, 0, stream=stream)
+                        return (value,)
+                    continue  # what measures it replaced or deleted it
+                if row < 0:
+                    raise KeyError(key)
+                if self._loads.threads.setdefault(key, me) == me or nested:
+                    return self.ledger.entry(row)
+                self._loads.wait()
+
+    def _load(self, key: Hashable, entry: Entry, *, tell: bool) -> tuple[Any, bool]:
+        if tell and self.options.on_miss is not None:
+            self.options.on_miss(key)
+        try:
+            return self.store.read(key, entry)
+        except CorruptValueError:
+            with self.lock:
+                self.catch_up()
+                row = self.ledger.rows.get(key, UNSAVED)
+                if row >= 0 and self.ledger.entry(row) == entry:
+                    return self._read_locked(key, entry)
+            return MISSING, False  # another handle replaced it meanwhile: the caller looks again
+
+    def _read_locked(self, key: Hashable, entry: Entry) -> tuple[Any, bool]:
+        """Read once more, now that no other thread can replace a value and set it back."""
+        try:
+            return self.store.read(key, entry)
+        except CorruptValueError:
+            row = self.ledger.rows.get(key, UNSAVED)
+            if row >= 0 and self.ledger.entry(row) == entry:
+                raise
+            return MISSING, False  # what opens or loads it replaced it
+
+    def _admit(self, key: Hashable, value: Any, size: int, uses: int, stream: bool) -> None:
+        """Make a stored value resident if it may be, and put it in this thread's hand."""
+        room = self.available - self.eviction.total if stream else self.available
+        self._note(key)
+        hands = self._hands
+        keep = size > room or changeable(value)
+        released = hands.hold(key, value) if keep else hands.empty()
+        if size <= room:
+            self._enter(key, value, size, uses)
+        else:
+            hands.leave(key, value)
+        # Only now: both may commit, and then find that another handle replaced or deleted the key.
+        self._settle(released)
+        self._make_room()
+
+    def offer(self, key: Hashable, entry: Entry, value: Any, again: bool) -> None:
+        """Make a value resident that was read from `entry`, unless that is history."""
+        size = self.measure(value)
+        digest = entry.digest if again else self._digest_as_loaded(value, entry)
+        with self.lock, self:
+            self._take_in(key, entry, value, size, digest, 1, False)
+
+    def _wants(self, key: Hashable, entry: Entry) -> bool:
+        """Tell whether what was read from `entry` is the value, and the only copy of it."""
+        row = self.ledger.rows.get(key, UNSAVED)
+        current = row >= 0 and self.ledger.entry(row) == entry
+        return current and self.in_memory(key) is MISSING
+
+    def has(self, key: Hashable) -> bool:
+        """Tell whether there is such a key."""
+        with self.lock:
+            self.begin()
+            return key in self.ledger.rows
+
+
+def _shallow_size(value: Any) -> int:
+    """Return what tells at once that a container grew; 0 where nothing does."""
+    if type(value) in (list, dict, set, bytearray):
+        return sys.getsizeof(value)
+    return 0

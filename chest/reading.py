@@ -1,0 +1,212 @@
+"""A chest's directory, to be read: opened, caught up with, and its values loaded."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from typing import Any
+
+from chest.columns import Entry, FrameError
+from chest.directory import INDEX, Directory, make_folders, remove_quietly, sync_folder
+from chest.errors import CorruptIndexError, CorruptValueError, SerializerError
+from chest.index import Index, write_log
+from chest.ledger import Ledger
+from chest.old import read_old_index
+from chest.options import Options
+from chest.packs import Packs
+from chest.serialize import DamagedError, Serializer, UnloadableError, difference, digest_bytes
+
+TRIES = 100  # times to open a directory that others drop and make
+
+
+class Reading:
+    """What a chest has on disk, as far as it is read.
+
+    Parameters
+    ----------
+    path : str
+        The directory, absolute; made if it does not exist.
+    serializer : Serializer
+    options : Options
+    reopen : bool
+        There was a chest: nothing is made.
+
+    Raises
+    ------
+    OSError
+        If the directory cannot be made, or is none, or holds no chest and may not be written.
+    CorruptIndexError
+        If its index cannot be read.
+    """
+
+    def __init__(
+        self, path: str, serializer: Serializer, options: Options, *, reopen: bool = False
+    ) -> None:
+        self.serializer = serializer
+        self.directory = Directory(path, options.namer)
+        self.packs = Packs(self.directory)
+        self._fsync = options.fsync
+        if reopen:
+            demand(path)
+        for tries in count(1):
+            try:
+                self._open(options)
+                break
+            except FileNotFoundError:  # somebody is dropping the chest there
+                if reopen or options.readonly or tries == TRIES:
+                    raise
+        self.ledger = Ledger(serializer.trusts_pickle)
+        try:
+            self.catch_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, options: Options) -> None:
+        """Open the index, and make what there is not."""
+        path = self.directory.path
+        if not options.readonly and not os.path.isdir(path):
+            make_folders(path)
+            if self._fsync:
+                _sync_parents(path)
+        self.readonly = options.readonly or not self._make_writable()
+        self.index = Index(self.directory.index, readonly=self.readonly, fsync=options.fsync)
+
+    def _make_writable(self) -> bool:
+        """Make the index if there is none; tell whether it and the directory can be written."""
+        if not os.path.lexists(self.directory.index):
+            staged = self.directory.staging_path()
+            try:
+                write_log(staged, [], fsync=self._fsync)
+                _link_or_rename(staged, self.directory.index)
+            finally:
+                remove_quietly(staged)
+            return True
+        return os.access(self.directory.path, os.W_OK) and os.access(self.directory.index, os.W_OK)
+
+    def close(self) -> None:
+        """Let go of the index."""
+        self.index.close()
+
+    def catch_up(self, *, look: bool = False) -> None:
+        """Take in what others committed; ``ledger.changed`` tells of keys that had other values.
+
+        Parameters
+        ----------
+        look : bool
+            Trust nothing that is mapped: look at the directory.
+
+        Raises
+        ------
+        CorruptIndexError
+        """
+        try:
+            anew, payloads = self.index.refresh(look=look)
+            if anew:
+                self._apply_anew(payloads)
+            else:
+                for payload in payloads:
+                    self.ledger.apply(payload)
+        except BaseException as error:
+            self.index.rewind()  # what was read and not taken in must be read again
+            if isinstance(error, FrameError):
+                raise CorruptIndexError(self.index.path, str(error)) from error
+            raise
+        if self.serializer.text is None:
+            self.serializer.text = self.ledger.serializers.get(self.serializer.name)
+
+    def _apply_anew(self, payloads: list[bytes]) -> None:
+        ledger = Ledger(self.serializer.trusts_pickle)
+        if self.index.foreign:
+            ledger.take(read_old_index(self.directory, self.serializer))
+        for payload in payloads:
+            ledger.apply(payload)
+        ledger.inherit(self.ledger)
+        self.ledger = ledger
+
+    def read(self, key: Any, entry: Entry, file: Any = None) -> tuple[Any, bool]:
+        """Load a value, from `file` if it is open already.
+
+        Returns
+        -------
+        value : object
+        again : bool
+            Whether to dump it is sure to give the same stream again. If not, nobody knows.
+
+        Raises
+        ------
+        CorruptValueError
+            If the file is gone or not as written.
+        SerializerError
+            If it is as written, and cannot be loaded.
+        OSError
+            If the system refuses.
+        """
+        path = self.directory.full_path(entry.file)
+        with self._telling(key, path):
+            if entry.file in self.ledger.packs:
+                return self.serializer.loads(self._read_packed(entry)), False
+            if file is not None:
+                return self.serializer.read_from(file, entry.length, entry.digest)
+            return self.serializer.read(path, entry.length, entry.digest)
+
+    def stream(self, key: Any, entry: Entry) -> bytes:
+        """Return the stream of a value that lies in a pack; raises as `read` does."""
+        with self._telling(key, self.directory.full_path(entry.file)):
+            return self._read_packed(entry)
+
+    def _read_packed(self, entry: Entry) -> bytes:
+        name, place, length, digest = entry
+        data = self.packs.read(name, place, length)
+        if len(data) != length or digest_bytes(data) != digest:
+            self.packs.forget(name)  # another pack may have the name by now
+            data = self.packs.read(name, place, length)
+            if len(data) != length or digest_bytes(data) != digest:
+                raise DamagedError(difference(length, len(data)))
+        return data
+
+    @contextmanager
+    def _telling(self, key: Any, path: str) -> Iterator[None]:
+        """Tell whose value it is that cannot be read."""
+        try:
+            yield
+        except UnloadableError as error:
+            names = tuple(self.ledger.serializers)
+            raise SerializerError(key, path, str(error), self.serializer.name, names) from error
+        except DamagedError as error:
+            names = tuple(self.ledger.serializers)
+            if names and self.serializer.name not in names:
+                mine = self.serializer.name
+                raise SerializerError(key, path, str(error), mine, names) from error
+            raise CorruptValueError(key, path, str(error)) from error
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise CorruptValueError(key, path, "the file is gone") from error
+
+
+def demand(path: str) -> None:
+    """Raise FileNotFoundError if there is no chest in a directory where one was."""
+    if not os.path.lexists(os.path.join(path, INDEX)):
+        message = "the chest there was dropped, or was temporary, or is on another machine"
+        raise FileNotFoundError(errno.ENOENT, message, path)
+
+
+def _sync_parents(path: str) -> None:
+    """Make sure that a new directory, and those made for it, survive a power cut."""
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        with suppress(PermissionError):  # not made here
+            sync_folder(path)
+
+
+def _link_or_rename(source: str, target: str) -> None:
+    """Give a file another name, unless somebody has done so before."""
+    try:
+        os.link(source, target)
+    except (FileExistsError, FileNotFoundError):
+        return  # made by somebody; or removed, and the next look finds that
+    except OSError:  # the file system has no links
+        if not os.path.lexists(target):
+            os.rename(source, target)

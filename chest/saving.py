@@ -1,0 +1,254 @@
+"""How values are written: dumped, staged, and published by a commit."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import pickle
+from collections import deque
+from collections.abc import Collection, Hashable
+from itertools import repeat
+from typing import Any
+
+from chest.changes import STEP
+from chest.columns import all_plain, is_plain
+from chest.errors import KeyTypeError, ReadOnlyError, told
+from chest.ledger import UNSAVED
+from chest.loading import Loading
+from chest.packs import MANY, PACKED
+from chest.serialize import UndumpableError
+from chest.staging import Batch
+
+logger = logging.getLogger("chest")
+
+
+class Saving(Loading):
+    """The values in memory, and what writes them."""
+
+    def commit_deletions(self) -> None:
+        """Commit what was deleted, without writing a value."""
+        with self.lock, self:
+            self.begin("write the index")
+            if self.ledger.pending:
+                self._commit(Batch(self.store.directory), {})
+
+    def _save(self, keys: list[Any], *, stop: bool) -> dict[Any, Exception]:
+        """Write values and commit; return those that cannot be written, with the reasons.
+
+        With `stop`, the first refusal of the disk is raised and nothing is committed; without it
+        it counts as a reason like others.
+        """
+        if not keys and not self.ledger.pending:
+            return {}
+        try:
+            batch = Batch(self.store.directory)
+        except OSError as error:  # a temporary directory cannot be made
+            if stop:
+                raise
+            return dict.fromkeys(keys, error)
+        values: dict[Any, Any] = {}
+        unsaved: dict[Any, Exception] = {}
+        try:
+            self._stage(keys, batch, values, unsaved, stop)
+            staged = batch.keys()
+            try:
+                self._commit_or_stage_again(batch, values, unsaved, stop)
+            except OSError as error:
+                if stop or not staged:
+                    raise
+                unsaved.update(dict.fromkeys(staged, error))
+        finally:
+            batch.discard()
+        return unsaved
+
+    def _commit_or_stage_again(
+        self, batch: Batch, values: dict[Any, Any], unsaved: dict[Any, Exception], stop: bool
+    ) -> None:
+        """Commit; staging files that somebody took for abandoned are written again, once."""
+        try:
+            self._commit(batch, values)
+        except FileNotFoundError:
+            staged = batch.keys()
+            batch.discard()
+            self._stage(staged, batch, values, unsaved, stop)
+            self._commit(batch, values)
+
+    def _stage(
+        self,
+        keys: list[Any],
+        batch: Batch,
+        values: dict[Any, Any],
+        unsaved: dict[Any, Exception],
+        stop: bool,
+    ) -> None:
+        """Dump values to where a commit takes them from, so many at a time."""
+        for start in range(0, len(keys), STEP):
+            # What is not resident was deleted or spilled by what was pickled before.
+            step = [*filter(self.inmem.__contains__, keys[start : start + STEP])]
+            values.update(zip(step, map(self.inmem.__getitem__, step), strict=True))
+            if not all_plain(step):
+                step = [key for key in step if _is_storable(key, unsaved)]
+            streams = self._streams(step, values)
+            if not _all_small(streams.values()):
+                small = {}
+                for key, stream in streams.items():
+                    if isinstance(stream, UndumpableError):
+                        unsaved[key] = stream.cause
+                    elif stream and len(stream) <= PACKED:
+                        small[key] = stream
+                    else:
+                        self._stage_alone(key, values[key], stream, batch, unsaved, stop)
+                streams = small
+            try:
+                batch.add([*streams], [*streams.values()])
+            except OSError as error:
+                if stop:
+                    raise told(error, self.store.directory.path, STEP * PACKED) from error
+                unsaved.update(dict.fromkeys(streams, error))
+        if len(batch) < MANY:
+            for key in [key for key in batch.streams if not self.ledger.is_packed(key)]:
+                stream = batch.streams.pop(key)
+                self._stage_alone(key, values[key], stream, batch, unsaved, stop)
+
+    def _streams(self, keys: list[Any], values: dict[Any, Any]) -> dict[Any, Any]:
+        """Dump values: what comes of the small ones, None for those that need a file."""
+        if not self.serializer.packs:
+            return dict.fromkeys(keys)
+        small = self.eviction.small(keys)
+        dumped = self.serializer.dumps_all([*map(values.__getitem__, small)])
+        streams = dict(zip(small, dumped, strict=True))
+        return streams if small is keys else {key: streams.get(key) for key in keys}
+
+    def _stage_alone(
+        self,
+        key: Hashable,
+        value: Any,
+        stream: bytes | None,
+        batch: Batch,
+        unsaved: dict[Any, Exception],
+        stop: bool,
+    ) -> None:
+        """Stage a value in a file of its own."""
+        try:
+            if stream is None:
+                batch.files[key] = self.store.stage(value, self.eviction.size(key))
+            else:
+                batch.files[key] = self.store.stage_stream(stream)
+        except UndumpableError as error:
+            unsaved[key] = error.cause
+        except OSError as error:
+            if stop:
+                raise
+            unsaved[key] = error
+
+    def _commit(self, batch: Batch, values: dict[Any, Any]) -> None:
+        """Publish staged values, and what was deleted."""
+        if not batch and not self.ledger.pending:
+            return  # nothing could be staged
+        store = self.store
+        with store.writing():
+            self._absorb()
+            # What a hook replaced or deleted meanwhile is history.
+            same = all(map(operator.is_, map(self.inmem.get, values), values.values()))
+            if not same or not values.keys() <= self.dirty.keys():
+                get, dirty = self.inmem.get, self.dirty
+                batch.remove({k for k, v in values.items() if get(k) is not v or k not in dirty})
+            store.commit(batch)
+            self._look(store)
+            saved = batch.keys()
+            if self._as_loaded:
+                deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
+            deque(map(self.dirty.pop, saved), maxlen=0)
+            if not self.dirty:
+                self.dirty.clear()  # a dict that was large takes long to be looked through
+            store.tidy()
+            self._look(store)
+        logger.debug("committed %d values to %s", len(saved), self.path)
+
+    def adopt(self, batch: Batch, *, overwrite: bool) -> None:
+        """Publish streams that are not from values in memory, in place of what the keys held."""
+        if batch:
+            with self.lock, self:
+                self._adopt(batch, overwrite)
+
+    def _adopt(self, batch: Batch, overwrite: bool) -> None:
+        store = self.store
+        added: list[Any] = []
+        try:
+            with store.writing():
+                self._absorb()
+                if not overwrite:
+                    batch.remove(self.ledger.rows.keys() & batch.keys())
+                keys = batch.keys()
+                for key in keys:
+                    if key not in self.ledger.rows:
+                        self.ledger.add(key)
+                        added.append(key)
+                store.commit(batch)
+                self._look(store)
+                for key in keys:
+                    self._forget(key)
+                store.tidy()
+                self._look(store)
+        except BaseException:
+            for key in added:
+                if self.ledger.rows.get(key, 0) < 0:
+                    self.ledger.delete(key)
+            raise
+
+    def file_of(self, key: Hashable) -> str:
+        """Return the path of the file of a key; a value in a pack gets one now.
+
+        Raises
+        ------
+        ReadOnlyError
+            If it would have to get one.
+        CorruptValueError
+            If what the pack holds is not as written.
+        """
+        with self.lock, self:
+            self.begin()
+            directory = self.store.directory
+            row = self.ledger.rows.get(key, UNSAVED)
+            if row < 0:
+                return directory.full_path(directory.name_for(key))
+            if self.ledger.is_packed(key):
+                self._unpack(key)
+                row = self.ledger.rows[key]
+            return directory.full_path(self.ledger.entry(row).file)
+
+    def _unpack(self, key: Hashable) -> None:
+        if self.readonly:
+            raise ReadOnlyError(str(self.path), "give a value a file of its own")
+        store = self.store
+        batch = Batch(store.directory)
+        try:
+            with store.writing():
+                self._absorb()
+                if self.ledger.is_packed(key):
+                    stream = store.stream(key, self.ledger.entry(self.ledger.rows[key]))
+                    batch.files[key] = store.stage_stream(stream)
+                    store.commit(batch)
+                    self._look(store)
+                    store.tidy()
+                    self._look(store)
+        finally:
+            batch.discard()
+
+
+def _all_small(streams: Collection[Any]) -> bool:
+    """Tell whether all of these may be in a pack."""
+    sizes = map(len, streams) if {*map(type, streams)} == {bytes} else ()
+    shortest, longest = (min(found), max(found)) if (found := [*sizes]) else (0, 0)
+    return shortest > 0 and longest <= PACKED
+
+
+def _is_storable(key: Hashable, unsaved: dict[Any, Exception]) -> bool:
+    """Tell whether a key can be pickled and read back; if not, note why."""
+    if not is_plain(key):
+        try:
+            pickle.loads(pickle.dumps(key, 5))
+        except Exception as error:  # noqa: BLE001 -- whatever its class does
+            unsaved[key] = KeyTypeError(key, f"its pickle fails: {error}")
+            return False
+    return True

@@ -1,0 +1,237 @@
+"""What must leave memory, and when.
+
+Writing happens under the lock, in the thread that overfills the chest: that is the back-pressure.
+What cannot be written stays in memory, and is counted there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from itertools import compress, filterfalse, repeat
+from typing import Any
+
+from chest.errors import UnsavedError, say, show
+from chest.saving import Saving
+from chest.serialize import changeable
+
+SLACK = 16  # one part in so many of the budget is made free at a time
+WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
+
+
+class Spilling(Saving):
+    """The values in memory, which leave it when they take too much."""
+
+    def set(self, key: Hashable, value: Any) -> None:
+        """Store a value, and make room if it takes too much."""
+        size = self.measure(value)
+        if type(key) is str and not changeable(value) and self._add(key, value, size):
+            return
+        with self.lock, self:
+            self.begin("set a value")
+            self.put(key, value, size)
+            self.make_room(key)
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
+        if key not in self.ledger.rows:
+            self._check_key(key)
+            self.ledger.add(key)
+        elif type(key) is not str:
+            self._check_key(key)
+        self._note(key)
+        uses = self.eviction.uses(key)
+        self.dirty[key] = None
+        self._discard(key)
+        self._enter(key, value, size, max(uses, 1))
+        if changeable(value):
+            self._hold(key, value)
+        else:
+            self._settle(self._hands.empty())
+
+    def _add(self, key: str, value: Any, size: int) -> bool:
+        """Add a new key with a value that cannot change, where that is all there is to do.
+
+        This is `put` for small records by the million, step by step what it does.
+        """
+        try:
+            self.lock.acquire()
+            ledger, eviction = self.ledger, self.eviction
+            if (
+                self.head[1] != self.seen
+                or key in ledger.rows
+                or self._hands.held
+                or eviction.total + size > self.available
+                or self.readonly
+            ):
+                return False
+            ledger.add(key)
+            self.dirty[key] = None
+            self.inmem[key] = value
+            if self._fixed is not self.inmem:
+                self._fixed[key] = value
+            eviction.enroll(key, size)
+            return True
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+        finally:
+            try:  # noqa: SIM105 -- no call before: interrupts come with calls
+                self.lock.release()
+            except RuntimeError:
+                pass  # it was interrupted before it had the lock
+
+    def make_room(self, key: Hashable | None = None) -> None:
+        """Spill until the values in memory take no more than the budget.
+
+        Parameters
+        ----------
+        key : hashable, optional
+            If its value alone takes more than the budget, that leaves first.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses; what could not be written stays in memory.
+        """
+        with self.lock, self:
+            self._spill(key)
+
+    # Loops are not where the lock is taken: CPython 3.12 and 3.13 leave some backward jumps out of
+    # a `with`, so that an interrupt would leave the lock held.
+
+    def _spill(self, key: Hashable | None) -> None:
+        if key in self.eviction and self.eviction.size(key) > self.available:
+            self._report(self._evict([key]))
+        while self.eviction.total > self.available:
+            keys = self._choose()
+            if not keys:
+                return
+            self._report(self._evict(keys))
+
+    def _choose(self) -> list[Any]:
+        """Return the keys that should leave next, for some slack more than must be."""
+        chosen: list[Any] = []
+        over = self.eviction.total - self.available
+        slack = self.available / SLACK
+        freed = written = 0
+        while freed < over or (freed < over + slack and written < WRITE_STEP):
+            sizes = self.eviction.cheapest()
+            if not sizes:
+                break
+            chosen += sizes
+            freed += sum(sizes.values())
+            if self.dirty:
+                written += sum(compress(sizes.values(), map(self.dirty.__contains__, sizes)))
+        return chosen
+
+    def _evict(self, keys: list[Any]) -> dict[Any, Exception]:
+        """Let resident values go; return those that cannot be written, which stay."""
+        with self._hands.pinned():  # hooks may take other values in hand
+            return self._evict_pinned(keys)
+
+    def _evict_pinned(self, keys: list[Any]) -> dict[Any, Exception]:
+        if not self._loose and not self.dirty and self.options.on_overflow is None:
+            self._let_go(keys)
+            return {}
+        held = [*filter(self._loose.__contains__, keys)] if self._loose else []
+        for key in held:  # before they are dumped: from now on each hand that lets go of it tells
+            self._hands.leave(key, self.inmem[key], soon=True)
+        try:
+            changed = {key for key in held if self._must_write(key)}
+            unsaved = self._save([k for k in keys if k in self.dirty or k in changed], stop=True)
+        except BaseException:
+            self.eviction.stay(key for key in keys if key in self.eviction)
+            self._stay_in_hand(held)
+            raise
+        unsaved = {key: error for key, error in unsaved.items() if key in self.dirty}
+        for key in unsaved:
+            self.eviction.set_aside(key, self.eviction.discard(key))
+        clean = [*filterfalse(self.dirty.__contains__, filter(self.inmem.__contains__, keys))]
+        self._let_go([*filterfalse(self._loose.__contains__, clean)] if held else clean)
+        for key in held:
+            if key in self.inmem and key not in self.dirty:
+                self._let_go_of(key)
+        left = filter(self.inmem.__contains__, keys)
+        self.eviction.stay([*filterfalse(unsaved.__contains__, left)])
+        self._stay_in_hand(held)
+        if self.options.on_overflow is not None:
+            for key in keys:
+                if key not in unsaved:
+                    self.options.on_overflow(key)
+        return unsaved
+
+    def _let_go(self, keys: list[Any]) -> None:
+        """Let go of values that cannot change, all in a few steps."""
+        kinds = {*map(type, map(self.inmem.__getitem__, keys))}
+        if any(kind.__weakrefoffset__ for kind in kinds):
+            for key in keys:
+                self._let_go_of(key)
+            return
+        hits = {} if self._fixed is self.inmem else self._fixed
+        for part in (hits, self._fresh, self.inmem, self._touched, self._as_loaded):
+            if part:
+                deque(map(part.pop, keys, repeat(None)), maxlen=0)
+        self.eviction.discard_all(keys)
+
+    def _let_go_of(self, key: Hashable) -> None:
+        value = self.inmem[key]
+        self._leave(key)
+        self._hands.leave(key, value)  # once more: it may have been handed out meanwhile
+        if self._as_loaded and not self._hands.knows(key):
+            self._as_loaded.pop(key, None)
+
+    def _stay_in_hand(self, keys: list[Any]) -> None:
+        for key in keys:
+            if key in self.inmem:
+                self._hands.forget(key)
+
+    def _report(self, unsaved: dict[Any, Exception]) -> None:
+        for key, error in unsaved.items():
+            kinds = (type(self.inmem.get(key)), type(error))
+            message = "the value of key %s stays in memory, it cannot be written: %s"
+            self._say_once(kinds, message, show(key), say(error))
+
+    def move_to_disk(self, key: Hashable) -> None:
+        """Write a value if need be, and let it go from memory.
+
+        Raises
+        ------
+        KeyError
+            If there is no such key.
+        UnsavedError
+            If it cannot be written.
+        OSError
+            If the disk refuses.
+        """
+        with self.lock, self:
+            self.begin()
+            if key not in self.ledger.rows:
+                raise KeyError(key)
+            if key in self.inmem:
+                unsaved = self._evict([key])
+                if unsaved:
+                    raise UnsavedError([*unsaved], [*unsaved.values()])
+
+    def flush(self) -> None:
+        """Write every value that the disk does not hold, and commit; values stay in memory.
+
+        Raises
+        ------
+        UnsavedError
+            Naming every key that could not be saved; all others are.
+        """
+        with self.lock, self:
+            self.begin()
+            if not self.readonly:
+                self._flush()
+
+    def _flush(self) -> None:
+        self._settle(self._hands.open_ended())
+        self._revive_changed()
+        unsaved = self._save([*self.dirty], stop=False)
+        unsaved = {key: error for key, error in unsaved.items() if key in self.dirty}
+        self.eviction.stay(key for key in self.eviction.aside() if key not in unsaved)
+        if unsaved:
+            raise UnsavedError([*unsaved], [*unsaved.values()])
+        self.make_room()

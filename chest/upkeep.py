@@ -1,0 +1,180 @@
+"""What a directory needs unasked: to be swept, and to be written anew where most is history."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from itertools import count
+
+from chest.columns import Entry, FrameError, is_plain, own_entries
+from chest.errors import KeyTypeError
+from chest.filenames import is_safe_filename, pack_number
+from chest.ledger import Ledger
+from chest.options import Options
+from chest.reading import Reading
+from chest.serialize import Serializer
+from chest.staging import Batch
+
+logger = logging.getLogger("chest")
+
+COMPACT_RECORDS = 1000  # a log of fewer dead records is not worth a new one
+WASTE = 64 << 20  # bytes by which the dead in packs may exceed the living
+COPIED = 4096  # values that are copied at a time
+
+
+class Upkeep(Reading, ABC):
+    """What a chest has on disk, kept clean and small.
+
+    Notes
+    -----
+    Everything needs the lock of the index.
+    """
+
+    def __init__(
+        self, path: str, serializer: Serializer, options: Options, *, reopen: bool = False
+    ) -> None:
+        self._swept_staging = False
+        self._compact_from = COMPACT_RECORDS
+        self._tolerated = 0  # bytes retired from packs before waste is looked for
+        super().__init__(path, serializer, options, reopen=reopen)
+
+    @abstractmethod
+    def commit(self, batch: Batch) -> None:
+        """Publish what a batch holds and every deletion that is pending."""
+
+    def _apply_anew(self, payloads: list[bytes]) -> None:
+        super()._apply_anew(payloads)
+        self._tolerated = 0
+
+    def _sweep(self) -> None:
+        """Remove what a crash left."""
+        if self.index.foreign:
+            self._modernize()
+        if self.index.overhangs():
+            self._remove_uncommitted()
+            self.index.cut()
+        self._remove_dead_packs()
+        self._remove([entry for entry in self.ledger.obsolete if not self._is_foreign(entry)])
+        if not self._swept_staging:
+            self.directory.remove_staging()
+            self._swept_staging = True
+
+    def _remove_uncommitted(self) -> None:
+        """Remove what a commit had written when it died."""
+        live = self.ledger.files()
+        entries: list[Entry] = []
+        for payload in self.index.uncommitted():
+            with suppress(FrameError):  # whatever it is, no commit stands behind it
+                entries += own_entries(payload)
+        left = []
+        for entry in entries:
+            if pack_number(entry.file):
+                self.packs.cut(entry.file, entry.place if entry.file in live else 0)
+            elif is_safe_filename(entry.file) and entry.file not in live:
+                left.append(entry)
+        self.directory.remove(entry.file for entry in left if not self._is_foreign(entry))
+
+    def _is_foreign(self, entry: Entry) -> bool:
+        """Tell whether a file that should have gone is another than the one that we wrote."""
+        path = self.directory.full_path(entry.file)
+        if not os.path.lexists(path):
+            return False
+        try:
+            return self.serializer.measure(path) != (entry.length, entry.digest)
+        except Exception:  # noqa: BLE001 -- what cannot be read, or decompressed, is not ours
+            return True
+
+    def _remove(self, entries: list[Entry]) -> None:
+        """Remove obsolete files; what cannot be removed yet stays in the books."""
+        if self.ledger.obsolete:
+            stuck = set(self.directory.remove(entry.file for entry in entries))
+            self.ledger.obsolete = [entry for entry in entries if entry.file in stuck]
+            self.ledger.forget_folders(self.directory.missing_folders(e.file for e in entries))
+
+    def _remove_dead_packs(self) -> None:
+        for name in self.ledger.dead_packs():
+            if not self.directory.remove([name]):
+                del self.ledger.packs[name]
+                self.packs.forget(name)
+
+    def _repack_if_due(self) -> None:
+        """Copy what is alive out of packs with little of that, where the dead take too much."""
+        packs = self.ledger.packs
+        if self.ledger.retired < self._tolerated:
+            return
+        sizes = {name: self.packs.size(name) for name in packs}
+        excess = sum(sizes.values()) - 2 * sum(packs.values())
+        if excess >= WASTE:
+            self._repack({name for name, alive in packs.items() if 2 * alive < sizes[name]})
+            excess = 0
+        # Of a byte that is retired there is one more dead and one less alive.
+        self._tolerated = self.ledger.retired + (WASTE - excess) // 2
+
+    def _repack(self, names: set[str]) -> None:
+        batch = Batch(self.directory)
+        rows = self.ledger.packed_in(names)
+        entries = sorted((self.ledger.entry(row), n) for n, (_, row) in enumerate(rows))
+        try:
+            for start in range(0, len(entries), COPIED):
+                some = entries[start : start + COPIED]
+                streams = [self.packs.read(*entry[:3]) for entry, _ in some]
+                # What is cut short stays where it is, and so do the digests: reading tells.
+                whole = [n for n, (entry, _) in enumerate(some) if len(streams[n]) == entry.length]
+                keys = [rows[some[n][1]][0] for n in whole]
+                digests = [some[n][0].digest for n in whole]
+                batch.write(keys, [streams[n] for n in whole], digests)
+            self.commit(batch)
+        except OSError as error:
+            logger.warning("the packs in %s could not be compacted: %s", self.directory.path, error)
+        finally:
+            batch.discard()
+        self._remove_dead_packs()
+
+    def _modernize(self) -> None:
+        """Put an index of today in the place of that of chest 0.2.3."""
+        ledger = Ledger(self.serializer.trusts_pickle)
+        named = self.ledger.files()
+        seen: set[str] = set()
+        entries = {}
+        for key, row in self.ledger.committed_rows().items():
+            if not self.serializer.trusts_pickle and not is_plain(key):
+                raise KeyTypeError(key, "open this old chest with pickle, or delete the key")
+            entry = self.ledger.entry(row)
+            if entry.file in seen:
+                entry = self._copy_shared(entry, named)
+            seen.add(entry.file)
+            entries[key] = entry
+        ledger.take(entries)
+        self.index.replace(ledger.snapshot(), self.directory.staging_path())
+        self.catch_up()
+
+    def _copy_shared(self, entry: Entry, named: set[str]) -> Entry:
+        """Give a value a file of its own that had one with another key."""
+        for n in count(1):
+            copy = entry._replace(file=f"{entry.file}~{n}")
+            path = self.directory.full_path(copy.file)
+            # One that is there already, and no other's, is from a try that a crash ended.
+            if copy.file in named or (os.path.lexists(path) and self._is_foreign(copy)):
+                continue
+            named.add(copy.file)
+            with suppress(FileNotFoundError):  # then both keys have lost their value
+                shutil.copyfile(self.directory.full_path(entry.file), path)
+            return copy
+        raise AssertionError("there is always another number")
+
+    def _compact_if_due(self) -> None:
+        ledger = self.ledger
+        dead = ledger.records - len(ledger.rows)
+        if dead < max(len(ledger.rows), self._compact_from) or ledger.unreadable:
+            return
+        try:
+            self.index.replace(ledger.snapshot(), self.directory.staging_path())
+        except OSError as error:
+            logger.warning("the index %s could not be compacted: %s", self.index.path, error)
+            self._compact_from = 2 * dead
+        else:
+            self.catch_up()
+            self._compact_from = COMPACT_RECORDS
