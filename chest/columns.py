@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from chest.filenames import pack_number
 
 _ATOMS = {str, bytes, int, float, bool, type(None)}
-SERIALS = 1 << 64
+SERIALS = 1 << 63  # so many can be given
 
 Packed = tuple[str, bytes]
 
@@ -126,6 +126,9 @@ class Block:
             self.places = array("Q", islice(accumulate(self.lengths, initial=places), n))
         else:
             self.places = array("Q", [places]) * n
+        self._check(n)
+
+    def _check(self, n: int) -> None:
         numbers = (self.serials, self.places, self.lengths, self.digests)
         sizes = {len(self.files), *map(len, numbers)}
         if n == 0 or sizes != {n} or (not self.pack and {*map(type, self.files)} != {str}):

@@ -185,11 +185,6 @@ class Loading(Changes):
                     self._loads.tell()
         return value if taken else MISSING
 
-    @property
-    def reads_alone(self) -> bool:
-        """Whether a hook, or whatever is not pickle itself, has to see each value that is read."""
-        return self.options.on_miss is not None or not self.serializer.direct
-
     def _take_in(
         self,
         key: Hashable,

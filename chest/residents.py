@@ -84,6 +84,8 @@ class Residents(ABC):
         self._owner: int | None = None  # the process that made the temporary directory
         self._lent = False  # other processes may use that directory
         self._reported: set[Any] = set()
+        # Whether a hook, or whatever is not pickle itself, has to see each value that is read.
+        self.reads_alone = options.on_miss is not None or not serializer.direct
         self._make_lock()
         self._start()
         if self.path is not None:

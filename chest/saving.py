@@ -88,17 +88,7 @@ class Saving(Loading):
             values.update(zip(step, map(self.inmem.__getitem__, step), strict=True))
             if not all_plain(step):
                 step = [key for key in step if _is_storable(key, unsaved)]
-            streams = self._streams(step, values)
-            if not _all_small(streams.values()):
-                small = {}
-                for key, stream in streams.items():
-                    if isinstance(stream, UndumpableError):
-                        unsaved[key] = stream.cause
-                    elif stream and len(stream) <= PACKED:
-                        small[key] = stream
-                    else:
-                        self._stage_alone(key, values[key], stream, batch, unsaved, stop)
-                streams = small
+            streams = self._stage_large(self._streams(step, values), values, batch, unsaved, stop)
             try:
                 batch.add([*streams], [*streams.values()])
             except OSError as error:
@@ -109,6 +99,27 @@ class Saving(Loading):
             for key in [key for key in batch.streams if not self.ledger.is_packed(key)]:
                 stream = batch.streams.pop(key)
                 self._stage_alone(key, values[key], stream, batch, unsaved, stop)
+
+    def _stage_large(
+        self,
+        streams: dict[Any, Any],
+        values: dict[Any, Any],
+        batch: Batch,
+        unsaved: dict[Any, Exception],
+        stop: bool,
+    ) -> dict[Any, bytes]:
+        """Stage what needs files, and note what cannot be dumped; return the other streams."""
+        if _all_small(streams.values()):
+            return streams
+        small = {}
+        for key, stream in streams.items():
+            if isinstance(stream, UndumpableError):
+                unsaved[key] = stream.cause
+            elif stream and len(stream) <= PACKED:
+                small[key] = stream
+            else:
+                self._stage_alone(key, values[key], stream, batch, unsaved, stop)
+        return small
 
     def _streams(self, keys: list[Any], values: dict[Any, Any]) -> dict[Any, Any]:
         """Dump values: what comes of the small ones, None for those that need a file."""

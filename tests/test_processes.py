@@ -1360,6 +1360,16 @@ def sample(steps, count):
     return [1 + n * (steps - 1) // (count - 1) for n in range(count)]
 
 
+def was_killed(pid, step, steps):
+    """Tell whether a child was killed at a step, which the last few steps may be too late for.
+
+    What the garbage collector finalizes in the midst makes some lines more or less.
+    """
+    status = exit_of(pid)
+    assert status == -signal.SIGKILL or (status == 0 and step > 0.95 * steps), status
+    return status != 0
+
+
 BEFORE = {"x": [0], "y": [0], "old": [0], ("a", "b"): [0]}
 
 
@@ -1445,9 +1455,9 @@ def test_who_is_killed_at_any_step_blocks_nobody_and_does_all_or_nothing(fresh, 
                 _trace(lambda now: now == step and os.kill(os.getpid(), 9), lambda: action(c))
 
             with forked(act) as pid:
-                assert exit_of(pid) == -signal.SIGKILL
+                killed = was_killed(pid, step, steps)
             found = found_after(path)
-            assert found in (BEFORE, AFTER[action]), step
+            assert found in ((BEFORE, AFTER[action]) if killed else (AFTER[action],)), step
             seen.append(found == BEFORE)
             assert bystander == {**found, "written": [1]}
     assert seen == sorted(seen, reverse=True), "it was undone once it was done"
@@ -1481,8 +1491,8 @@ def test_a_child_that_lives_on_keeps_no_lock_of_a_parent_that_was_killed(fresh, 
             _trace(fork_and_die, lambda: action(c))
 
         with forked(act) as pid:
-            assert exit_of(pid) == -signal.SIGKILL
-        assert os.read(ready_end, 1) == b"x"
+            killed = was_killed(pid, step, steps)
+        assert not killed or os.read(ready_end, 1) == b"x"
         assert found_after(path) in (BEFORE, AFTER[action]), step
     for end in read_end, write_end, ready_end, told_end:
         os.close(end)
