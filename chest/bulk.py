@@ -169,11 +169,11 @@ def _link_batch(memory: Memory, other: Memory, keys: list[Any], overwrite: bool)
         for key in keys:
             if not _stage(memory, other, key, batch):
                 # First those that come before in the order.
-                memory.adopt(batch, overwrite=overwrite)
+                memory.adopt(batch, keys, overwrite=overwrite)
                 batch.discard()
                 with suppress(KeyError):
                     _set(memory, key, other.fetch(key), overwrite)
-        memory.adopt(batch, overwrite=overwrite)
+        memory.adopt(batch, keys, overwrite=overwrite)
     finally:
         batch.discard()
 

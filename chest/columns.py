@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from chest.filenames import pack_number
 
-_ATOMS = {str, bytes, int, float, bool, type(None)}
+SURE = {str, bytes, int, bool, type(None)}  # keys of these types come back as they were
+_ATOMS = SURE | {float}
 SERIALS = 1 << 63  # so many can be given
 
 Packed = tuple[str, bytes]
@@ -281,6 +282,12 @@ def _with_one_nan(key: Any) -> Any:
     if type(key) is tuple or type(key) is frozenset:
         return type(key)(map(_with_one_nan, key))
     return math.nan if _has_nan(key) else key
+
+
+def as_read(key: Hashable) -> Hashable:
+    """Return a key as it comes back from a payload; raises whatever its class does."""
+    read: Hashable = _with_one_nan(key) if is_plain(key) else pickle.loads(pickle.dumps(key, 5))
+    return read
 
 
 def own_entries(payload: bytes) -> list[Entry]:

@@ -19,7 +19,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby, repeat
 from typing import Any
 
-from chest.columns import Block, Entry, Frame, Keys, Puts, decode, encode
+from chest.columns import Block, Entry, Frame, FrameError, Keys, Puts, decode, encode
 from chest.filenames import pack_number
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
@@ -391,8 +391,13 @@ class Ledger:
         self.records += len(block.files)
         keys, rows = self._block_keys(block, base)
         if not self._deleted and self.rows.keys().isdisjoint(keys):
+            n = len(self.rows)
             self.rows.update(zip(keys, rows, strict=True))
+            if len(self.rows) != n + len(keys):
+                raise FrameError("it has a key twice")
             return
+        if len({*keys}) != len(keys):
+            raise FrameError("it has a key twice")
         again = {key for key in self._deleted if key in self.rows}  # and then set here
         self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import operator
-import pickle
 from collections import deque
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterable
 from itertools import repeat
 from typing import Any
 
 from chest.changes import STEP
-from chest.columns import all_plain, is_plain
+from chest.columns import SURE, as_read
 from chest.errors import KeyTypeError, ReadOnlyError, told
 from chest.ledger import UNSAVED
 from chest.loading import Loading
@@ -86,8 +85,9 @@ class Saving(Loading):
             # What is not resident was deleted or spilled by what was pickled before.
             step = [*filter(self.inmem.__contains__, keys[start : start + STEP])]
             values.update(zip(step, map(self.inmem.__getitem__, step), strict=True))
-            if not all_plain(step):
-                step = [key for key in step if _is_storable(key, unsaved)]
+            if not SURE.issuperset(map(type, step)):
+                storable = [key for key in step if _is_storable(key, unsaved)]
+                step = [*filter(self.inmem.__contains__, storable)]
             streams = self._stage_large(self._streams(step, values), values, batch, unsaved, stop)
             try:
                 batch.add([*streams], [*streams.values()])
@@ -113,6 +113,8 @@ class Saving(Loading):
             return streams
         small = {}
         for key, stream in streams.items():
+            if key not in self.inmem:
+                continue  # what was pickled since deleted it
             if isinstance(stream, UndumpableError):
                 unsaved[key] = stream.cause
             elif stream and len(stream) <= PACKED:
@@ -176,13 +178,21 @@ class Saving(Loading):
             self._look(store)
         logger.debug("committed %d values to %s", len(saved), self.path)
 
-    def adopt(self, batch: Batch, *, overwrite: bool) -> None:
-        """Publish streams that are not from values in memory, in place of what the keys held."""
+    def adopt(self, batch: Batch, keys: Iterable[Any], *, overwrite: bool) -> None:
+        """Publish streams that are not from values in memory, in place of what the keys held.
+
+        Parameters
+        ----------
+        batch : Batch
+        keys : iterable
+            The keys in the order that they shall have, others among them.
+        overwrite : bool
+        """
         if batch:
             with self.lock, self:
-                self._adopt(batch, overwrite)
+                self._adopt(batch, keys, overwrite)
 
-    def _adopt(self, batch: Batch, overwrite: bool) -> None:
+    def _adopt(self, batch: Batch, keys: Iterable[Any], overwrite: bool) -> None:
         store = self.store
         added: list[Any] = []
         try:
@@ -190,7 +200,7 @@ class Saving(Loading):
                 self._absorb()
                 if not overwrite:
                     batch.remove(self.ledger.rows.keys() & batch.keys())
-                keys = batch.keys()
+                keys = [*filter({*batch.keys()}.__contains__, keys)]
                 for key in keys:
                     if key not in self.ledger.rows:
                         self.ledger.add(key)
@@ -220,13 +230,11 @@ class Saving(Loading):
         with self.lock, self:
             self.begin()
             directory = self.store.directory
-            row = self.ledger.rows.get(key, UNSAVED)
-            if row < 0:
-                return directory.full_path(directory.name_for(key))
             if self.ledger.is_packed(key):
                 self._unpack(key)
-                row = self.ledger.rows[key]
-            return directory.full_path(self.ledger.entry(row).file)
+            row = self.ledger.rows.get(key, UNSAVED)
+            name = directory.name_for(key) if row < 0 else self.ledger.entry(row).file
+            return directory.full_path(name)
 
     def _unpack(self, key: Hashable) -> None:
         if self.readonly:
@@ -255,11 +263,14 @@ def _all_small(streams: Collection[Any]) -> bool:
 
 
 def _is_storable(key: Hashable, unsaved: dict[Any, Exception]) -> bool:
-    """Tell whether a key can be pickled and read back; if not, note why."""
-    if not is_plain(key):
-        try:
-            pickle.loads(pickle.dumps(key, 5))
-        except Exception as error:  # noqa: BLE001 -- whatever its class does
-            unsaved[key] = KeyTypeError(key, f"its pickle fails: {error}")
-            return False
-    return True
+    """Tell whether a key comes back from the index as one that is equal to it; if not, note why."""
+    try:
+        found = as_read(key)
+        same = hash(found) == hash(key) and (found,) == (key,)
+    except Exception as error:  # noqa: BLE001 -- whatever its class does
+        unsaved[key] = KeyTypeError(key, f"its pickle fails: {error}")
+        return False
+    if not same:
+        why = "it is not equal to its own copy, so that nobody could find it (of nan, use math.nan)"
+        unsaved[key] = KeyTypeError(key, why)
+    return same

@@ -148,7 +148,8 @@ class Spilling(Saving):
         for key in unsaved:
             self.eviction.set_aside(key, self.eviction.discard(key))
         clean = [*filterfalse(self.dirty.__contains__, filter(self.inmem.__contains__, keys))]
-        self._let_go([*filterfalse(self._loose.__contains__, clean)] if held else clean)
+        # What a hook set in the place of a value that cannot change stays, if it can.
+        self._let_go([*filterfalse(self._loose.__contains__, clean)] if self._loose else clean)
         for key in held:
             if key in self.inmem and key not in self.dirty:
                 self._let_go_of(key)

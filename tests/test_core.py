@@ -42,7 +42,7 @@ from chest import (
 )
 
 JSON = {"dump": json.dump, "load": json.load}
-NAN = float("nan")
+NAN = math.nan
 
 
 class Color(enum.Enum):
@@ -851,6 +851,39 @@ def test_a_tuple_with_nan_is_found_as_the_same_object(path, budget):
         c.flush()
     with Chest(path=path) as c:
         assert len(c) == 0
+
+
+class Alone:
+    """Equal to nothing but itself."""
+
+
+@pytest.mark.parametrize(
+    "key",
+    [float("nan"), ("a", float("nan")), frozenset({float("nan")}), Alone(), ("a", Alone())],
+    ids=["nan", "in a tuple", "in a set", "object", "object in a tuple"],
+)
+def test_a_key_that_nobody_could_find_again_is_told_and_not_stored(path, key):
+    with Chest({"other": 1, key: "first"}, path=path) as c:
+        with pytest.raises(UnsavedError) as info:
+            c.flush()
+        assert info.value.keys == [key]
+        assert isinstance(info.value.causes[0], KeyTypeError)
+        assert "not equal to its own copy" in str(info.value.causes[0])
+        assert c[key] == "first"
+        c._check()
+        del c[key]
+    with Chest(path=path) as c:
+        assert c == {"other": 1}
+
+
+def test_a_copy_has_its_keys_in_the_same_order_wherever_their_values_lie():
+    data = {n: "small" if n % 2 else bytes(5000) for n in range(200)}
+    with Chest(data) as c:
+        c.flush()
+        with c.copy() as d, Chest() | c as e, Chest() as f:
+            f.update(c)
+            assert [*d] == [*e] == [*f] == [*data]
+            assert d == e == f == data
 
 
 KEYS = [

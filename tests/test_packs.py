@@ -28,6 +28,7 @@ import chest.upkeep
 from chest import Chest, CorruptValueError, ReadOnlyError, UnsavedError
 from chest.directory import Directory
 from chest.index import Index
+from chest.memory import Memory
 from chest.packs import Packs, write_all
 
 ROOT = Path(chest.__file__).parent.parent
@@ -1362,3 +1363,78 @@ def test_what_changes_during_the_iteration_is_seen(path, tight, change):
         assert found[11:] == [(key, now[key]) for key in keys[11:]]
         check(c)
         check(other)
+
+
+# -- hooks amid a commit --------------------------------------------------------------------------
+
+
+class Hook:
+    """A key that does something the first time that it is pickled."""
+
+    act = staticmethod(lambda: None)
+
+    def __reduce__(self):
+        Hook.act, act = staticmethod(lambda: None), Hook.act
+        act()
+        return Hook, ()
+
+    def __eq__(self, other):
+        return isinstance(other, Hook)
+
+    def __hash__(self):
+        return 7
+
+
+@pytest.mark.parametrize("victim", ["x", bytes(100_000)], ids=["small", "large"])
+@pytest.mark.parametrize("by", ["key", "value"])
+def test_what_is_deleted_while_others_are_dumped_is_gone(path, victim, by):
+    with Chest({"victim": victim, **small(64)}, path=path) as c:
+        hook = Hook()
+        if by == "key":
+            c[hook] = 1
+        else:
+            c["hook"] = hook
+        c["large"] = bytes(100_000)
+        Hook.act = staticmethod(lambda: c.pop("victim"))
+        c.flush()
+        c._check()
+        assert "victim" not in c
+    with Chest(path=path) as c:
+        assert "victim" not in c
+        assert c["large"] == bytes(100_000)
+        assert small(64).items() <= dict(c).items()
+
+
+def test_a_list_in_the_place_of_a_string_that_is_leaving_counts(path):
+    hook = Hook()
+    with Chest({**small(64), hook: "x"}, path=path) as c:
+
+        def act():
+            c[hook] = [1]
+            c.flush()
+
+        Hook.act = act
+        c.move_to_disk(hook)
+        c._check()
+        with c.transaction():
+            c[hook].append(2)
+        c._check()
+    with Chest(path=path) as c:
+        assert c[hook] == [1, 2]
+
+
+def test_who_asks_for_the_file_of_a_packed_value_that_another_one_deletes(path, monkeypatch):
+    with Chest(small(64), path=path) as c, Chest(path=path) as other:
+        c.flush()
+        unpack = Memory._unpack
+
+        def unpack_late(memory, key):
+            del other[key]
+            other.write_keys()
+            unpack(memory, key)
+
+        assert c._memory.ledger.is_packed("k5")
+        monkeypatch.setattr(Memory, "_unpack", unpack_late)
+        assert not os.path.exists(c.key_to_filename("k5"))
+        assert "k5" not in c
+        c._check()
