@@ -158,6 +158,7 @@ class Chest(MutableMapping[K, V]):
         self._memory = Memory(options, serializer, budget(available_memory))
         # Not __del__: this runs once, also at exit, and not when a value resurrects the chest.
         self._finalizer = weakref.finalize(self, self._memory.finish)
+        self._finalizer.atexit = False  # see `chest.processes`
         enlist(self._memory)
         if data is not None:
             self.update(data)

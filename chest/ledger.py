@@ -79,6 +79,7 @@ class Ledger:
         self._serials = array("Q")
         self._next_serial = 0
         self._in_order = True
+        self._encoding = False
         self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
         self._cleared: dict[Any, int] | None = None  # not committed yet: what `rows` was
 
@@ -106,8 +107,20 @@ class Ledger:
         # No call from here on: an interrupt finds all of it or nothing.
         self._cleared, self._deleted, self.rows = cleared, deleted, {}
 
+    def demand_quiet(self) -> None:
+        """Refuse what would make history of a commit that is being recorded.
+
+        Raises
+        ------
+        RuntimeError
+            If a key that is pickled for it is the one who asks.
+        """
+        if self._encoding:
+            raise RuntimeError("a key must not delete or commit while it is pickled for a commit")
+
     def mend(self) -> None:
         """Put right what an interrupt left half done: a key is what `rows` says."""
+        self._encoding = False
         if self._cleared is self.rows:
             self._cleared = None
         stored = dict(self.stored())
@@ -187,16 +200,20 @@ class Ledger:
 
         With ``first=False`` they go on with the commit that earlier payloads began.
         """
-        batches = _in_batches((self._serials_of(puts.keys), puts) for puts in blocks)
-        start = encode(
-            next(batches, []),
-            first=first,
-            cleared=self._cleared is not None,
-            serializer=serializer,
-            left=[*self.obsolete, *self._left_packs()] if first else (),
-            deleted=self._deleted,
-        )
-        return [start, *map(encode, batches)]
+        self._encoding = True
+        try:
+            batches = _in_batches((self._serials_of(puts.keys), puts) for puts in blocks)
+            start = encode(
+                next(batches, []),
+                first=first,
+                cleared=self._cleared is not None,
+                serializer=serializer,
+                left=[*self.obsolete, *self._left_packs()] if first else (),
+                deleted=self._deleted,
+            )
+            return [start, *map(encode, batches)]
+        finally:
+            self._encoding = False
 
     def _left_packs(self) -> list[Entry]:
         return [Entry(name, 0, 0, 0) for name in self.dead_packs()]
@@ -460,6 +477,8 @@ class Ledger:
             keys, rows = [*self.rows], [*self.rows.values()]
             serials = self._serials_of(keys)
             order = sorted(range(len(keys)), key=serials.__getitem__)
+            if len({*serials}) < len(keys):  # several handles gave one: by commits
+                order.sort(key=lambda n: (serials[n], rows[n] < 0, rows[n]))
             sorted_rows = map(rows.__getitem__, order)
             self.rows = dict(zip(map(keys.__getitem__, order), sorted_rows, strict=True))
             self._in_order = True

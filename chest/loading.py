@@ -148,10 +148,12 @@ class Loading(Changes):
             return MISSING
         where = ledger.where(row)
         stream = store.packs.peek(*where)
-        if stream is None or self._loads.threads.setdefault(key, me) is not me:  # each is a new int
+        if stream is None:
             return MISSING
-        taken = False
+        taken, threads = False, self._loads.threads
         try:
+            if threads.setdefault(key, me) is not me:  # each `me` is an int of its own
+                return MISSING
             try:
                 value = pickle.loads(stream)
             except Exception:  # noqa: BLE001 -- `fetch` tells
@@ -170,17 +172,18 @@ class Loading(Changes):
                     and not self._hands.held
                     and self.eviction.total + size <= self.available
                 ):
-                    self._enter_fixed(key, value, size)
+                    self._enter_fixed(key, value, size, 0)
                     taken = True
                 else:
-                    taken = self._take_in(key, Entry(*where), value, size, digest, 1, False)
-                self._loads.threads.pop(key, None)  # before anybody else gets the lock
+                    taken = self._take_in(key, Entry(*where), value, size, digest, 0, False)
+                threads.pop(key, None)  # before anybody else gets the lock
         except BaseException as error:
             self.__exit__(type(error))
             raise
         finally:
             if self._loads.waiting or not taken:
-                self._loads.threads.pop(key, None)
+                if key in threads and threads[key] is me:
+                    threads.pop(key, None)  # with no call before: interrupts come with calls
                 with self.lock:
                     self._loads.tell()
         return value if taken else MISSING

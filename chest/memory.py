@@ -18,15 +18,13 @@ from chest.errors import ChestClosedError, ReadOnlyError, say
 from chest.hands import Hands
 from chest.loading import TRIES
 from chest.options import Options
-from chest.processes import keep_until_end
+from chest.processes import LAST_WAIT, just_forked, keep_until_end
 from chest.residents import MISSING, Closed
 from chest.serialize import Serializer, changeable, storing
 from chest.spilling import Spilling
 from chest.store import Store
 
 logger = logging.getLogger("chest")
-
-LAST_WAIT = 1.0  # seconds to wait at the end of the program for a transaction to end
 
 
 class Memory(Spilling):
@@ -222,6 +220,10 @@ class Memory(Spilling):
     def finish(self) -> None:
         """Close when nobody can be told any more: at the end of the chest or of the program."""
         if self.closed:
+            return
+        if just_forked():  # it is the parent's
+            if self._store is not None:
+                self._store.index.abandon()
             return
         try:
             if self.in_transaction:

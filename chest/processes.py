@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -23,9 +24,15 @@ from chest.errors import say
 
 logger = logging.getLogger("chest")
 
+LAST = -100  # the exit priority of what `multiprocessing` does when no child is alive any more
+LAST_WAIT = 1.0  # seconds to wait at the end of the program for threads, and for transactions
+
 
 class Handle(Protocol):
     """A chest, as far as processes are concerned."""
+
+    closed: bool
+    in_transaction: bool
 
     def start_anew(self) -> None:
         """Become a new handle on the directory, in a forked child."""
@@ -38,6 +45,15 @@ _handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 _kept: dict[str, Callable[[], object]] = {}
 _finalizer: Any = None
 _ready = False
+_pid = os.getpid()
+
+
+def just_forked() -> bool:
+    """Tell whether this is a forked child in which chests are still those of its parent.
+
+    Whatever runs in it before, as a garbage collection, must not touch them.
+    """
+    return os.getpid() != _pid
 
 
 def enlist(handle: Handle) -> None:
@@ -62,7 +78,8 @@ def _end_with_multiprocessing(_: object = None) -> None:
     global _finalizer
     if _finalizer is None or not _finalizer.still_active():
         util = sys.modules["multiprocessing.util"]
-        _finalizer = util.Finalize(None, _end, exitpriority=0)
+        _finalizer = util.Finalize(None, _finish, exitpriority=0)
+        util.Finalize(None, _remove_kept, exitpriority=LAST)
 
 
 def keep_until_end(path: str, remove: Callable[[], object]) -> None:
@@ -73,15 +90,30 @@ def keep_until_end(path: str, remove: Callable[[], object]) -> None:
 @atexit.register
 def _end() -> None:
     """Finish every chest; then remove what was kept for other processes."""
-    for thread in threading.enumerate():
+    _finish()
+    util = sys.modules.get("multiprocessing.util")
+    if _kept and util is not None and not util.is_exiting():
+        util.Finalize(None, _remove_kept, exitpriority=LAST)
+    else:
+        _remove_kept()
+
+
+def _finish() -> None:
+    """Finish every chest, those first whose transactions others may wait for.
+
+    In a child of `multiprocessing` threads may go on. They are waited for, but not for ever: those
+    of a pool end only later.
+    """
+    handles = [handle for handle in _handles if not handle.closed]
+    until = time.monotonic() + LAST_WAIT
+    for thread in threading.enumerate() if handles else ():
         if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
-    for handle in list(_handles):
+            thread.join(max(until - time.monotonic(), 0))
+    for handle in sorted(handles, key=lambda handle: not handle.in_transaction):
         handle.finish()
-    if _kept and "multiprocessing" in sys.modules:
-        for child in sys.modules["multiprocessing"].active_children():
-            if not child.daemon:
-                child.join()
+
+
+def _remove_kept() -> None:
     while _kept:
         path, remove = _kept.popitem()
         try:
@@ -92,7 +124,8 @@ def _end() -> None:
 
 
 def _after_fork() -> None:
-    global _finalizer
+    global _finalizer, _pid
+    _pid = os.getpid()
     _kept.clear()  # they are the parent's to remove
     _finalizer = None
     for handle in list(_handles):

@@ -233,7 +233,7 @@ class Residents(ABC):
         else:
             self._enter_fixed(key, value, size, uses)
 
-    def _enter_fixed(self, key: Hashable, value: Any, size: int, uses: int = 1) -> None:
+    def _enter_fixed(self, key: Hashable, value: Any, size: int, uses: int) -> None:
         self.inmem[key] = value
         if self._fixed is not self.inmem:
             self._fixed[key] = value
@@ -294,6 +294,7 @@ class Residents(ABC):
 
     def delete(self, key: Hashable) -> None:
         """Delete a key without reading its value; needs the lock."""
+        self.ledger.demand_quiet()
         with self:
             self._hide(key)  # first, so that no hit finds what `in` does not
             self.ledger.delete(key)
@@ -307,6 +308,7 @@ class Residents(ABC):
 
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
+        self.ledger.demand_quiet()
         with self:
             self._fixed = {}  # first, so that no hit finds what `in` does not
             self._arm()

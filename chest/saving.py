@@ -16,7 +16,7 @@ from chest.ledger import UNSAVED
 from chest.loading import Loading
 from chest.packs import MANY, PACKED
 from chest.serialize import UndumpableError
-from chest.staging import Batch
+from chest.staging import STREAM_BYTES, Batch
 
 logger = logging.getLogger("chest")
 
@@ -81,14 +81,19 @@ class Saving(Loading):
         stop: bool,
     ) -> None:
         """Dump values to where a commit takes them from, so many at a time."""
-        for start in range(0, len(keys), STEP):
+        start, some = 0, MANY
+        while start < len(keys):
             # What is not resident was deleted or spilled by what was pickled before.
-            step = [*filter(self.inmem.__contains__, keys[start : start + STEP])]
+            step = [*filter(self.inmem.__contains__, keys[start : start + some])]
+            start += some
             values.update(zip(step, map(self.inmem.__getitem__, step), strict=True))
             if not SURE.issuperset(map(type, step)):
                 storable = [key for key in step if _is_storable(key, unsaved)]
                 step = [*filter(self.inmem.__contains__, storable)]
-            streams = self._stage_large(self._streams(step, values), values, batch, unsaved, stop)
+            dumped = self._streams(step, values)
+            streams = self._stage_large(dumped, values, batch, unsaved, stop)
+            # Who knows how large they are: sizes are what `nbytes` says.
+            some = min(4 * some, STEP) if _nbytes(dumped) < STREAM_BYTES else max(some // 4, 1)
             try:
                 batch.add([*streams], [*streams.values()])
             except OSError as error:
@@ -253,6 +258,10 @@ class Saving(Loading):
                     self._look(store)
         finally:
             batch.discard()
+
+
+def _nbytes(streams: dict[Any, Any]) -> int:
+    return sum(len(stream) for stream in streams.values() if type(stream) is bytes)
 
 
 def _all_small(streams: Collection[Any]) -> bool:

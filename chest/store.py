@@ -164,6 +164,7 @@ class Store(Upkeep):
         """
         if not self.index.is_locked:
             raise RuntimeError("a commit needs the lock of the index")
+        self.ledger.demand_quiet()
         joins = self._transaction is not None
         if not joins:
             self._sweep()

@@ -120,7 +120,7 @@ class Upkeep(Reading, ABC):
         try:
             for start in range(0, len(entries), COPIED):
                 some = entries[start : start + COPIED]
-                streams = [self.packs.read(*entry[:3]) for entry, _ in some]
+                streams = [self._read_or_nothing(entry) for entry, _ in some]
                 # What is cut short stays where it is, and so do the digests: reading tells.
                 whole = [n for n, (entry, _) in enumerate(some) if len(streams[n]) == entry.length]
                 keys = [rows[some[n][1]][0] for n in whole]
@@ -132,6 +132,12 @@ class Upkeep(Reading, ABC):
         finally:
             batch.discard()
         self._remove_dead_packs()
+
+    def _read_or_nothing(self, entry: Entry) -> bytes:
+        try:
+            return self.packs.read(*entry[:3])
+        except FileNotFoundError:
+            return b""
 
     def _modernize(self) -> None:
         """Put an index of today in the place of that of chest 0.2.3."""

@@ -36,10 +36,10 @@ def run(tmp_path, monkeypatch):
     modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": modules}
 
-    def run(script, *, status=0):
+    def run(script, *, status=0, first=""):
         file = folder / "script.py"
         file.write_text(
-            f"import sys\nfrom chest import Chest\n\nPATH = {str(tmp_path / 'chest')!r}\n"
+            f"{first}\nimport sys\nfrom chest import Chest\n\nPATH = {str(tmp_path / 'chest')!r}\n"
             + textwrap.dedent(script)
         )
         command = [sys.executable, "-W", "error", str(file)]
@@ -467,3 +467,106 @@ def test_a_program_that_dies_keeps_what_was_flushed(path, run):
     with Chest(path=path) as c:
         assert c == {"x": [1]}
         c._check()
+
+
+# -- nothing waits for ever -----------------------------------------------------------------------
+
+ENDS = {
+    "a manager, and a chest that was sent to a process": """
+        import multiprocessing
+        import pickle
+
+        if __name__ == "__main__":
+            manager = multiprocessing.Manager()
+            c = Chest({'x': 1})
+            pickle.dumps(c)
+            saved = Chest({'x': 1}, PATH)
+        """,
+    "a child with a pool of threads": """
+        import multiprocessing
+        from concurrent.futures import ThreadPoolExecutor
+
+        def work():
+            global pool, c
+            pool = ThreadPoolExecutor(2)
+            pool.submit(int).result()
+            c = Chest({'x': 1}, PATH)
+
+        if __name__ == "__main__":
+            child = multiprocessing.get_context("spawn").Process(target=work)
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+        """,
+    "a thread that stays in a transaction": """
+        import logging
+        import threading
+
+        logging.getLogger("chest").setLevel("CRITICAL")
+        a = Chest(path=PATH)
+        others = [Chest(path=PATH) for _ in range(4)]
+        inside = threading.Event()
+
+        def stay():
+            with a.transaction():
+                inside.set()
+                threading.Event().wait()
+
+        threading.Thread(target=stay, daemon=True).start()
+        inside.wait()
+        for c in others:
+            c['x'] = 1
+        """,
+}
+
+
+@pytest.mark.parametrize("script", ENDS.values(), ids=ENDS)
+def test_a_program_ends_whoever_goes_on(path, run, script):
+    assert run(script).stderr == ""
+    with Chest(path=path) as c:
+        assert c == {"x": 1}
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("fork", needs_fork)
+def test_what_is_collected_right_after_a_fork_is_the_parents(path, run, fork, busy):
+    """Another library's function runs in the child before that of chest."""
+    done = run(
+        f"""
+        import threading
+
+        gc.disable()
+
+        class Owner:
+            pass
+
+        def make():
+            owner = Owner()
+            owner.me = owner
+            owner.chest = Chest({{'x': 1}}, PATH)
+            return owner.chest.lock
+
+        lock = make()
+        leave = threading.Event()
+        inside = threading.Event()
+
+        def hold():
+            with lock:
+                inside.set()
+                leave.wait()
+
+        if {busy}:
+            threading.Thread(target=hold).start()
+            inside.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        print(dict(Chest(path=PATH, readonly=True)))
+        leave.set()
+        """,
+        first="import gc, os; os.register_at_fork(after_in_child=gc.collect)",
+    )
+    assert (done.stdout, done.stderr) == ("{}\n", "")
+    with Chest(path=path) as c:
+        assert c == {"x": 1}

@@ -1438,3 +1438,41 @@ def test_who_asks_for_the_file_of_a_packed_value_that_another_one_deletes(path, 
         assert not os.path.exists(c.key_to_filename("k5"))
         assert "k5" not in c
         c._check()
+
+
+class Hooked(Hook):
+    """A key that does something each time that it is pickled, from the second time on."""
+
+    def __reduce__(self):
+        Hooked.times += 1
+        if Hooked.times > 1:
+            Hooked.act()
+        return Hooked, ()
+
+
+@pytest.mark.parametrize("transaction", [False, True])
+@pytest.mark.parametrize("act", ["delete", "clear", "flush"])
+def test_a_key_that_wants_another_commit_amid_its_own_is_refused(path, act, transaction):
+    Hooked.times = 0
+    with Chest(small(64), path=path) as c:
+        c.flush()
+        c[Hooked()] = "hooked"
+        c.update(small(64, 100))
+        expected = dict(c)
+
+        def nested():
+            c["new"] = "new"
+            {"delete": lambda: c.pop("k100"), "clear": c.clear, "flush": c.flush}[act]()
+
+        Hooked.act = staticmethod(nested)
+        with pytest.raises(RuntimeError, match="while it is pickled"):
+            if transaction:
+                with c.transaction():
+                    pass
+            c.flush()
+        c._check()
+        Hooked.act = staticmethod(lambda: None)
+        c.pop("new", None)
+        assert c == expected
+    with Chest(path=path) as c:
+        assert c == expected
