@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from itertools import islice, repeat
 from operator import sub
+from queue import SimpleQueue
+from threading import Thread
 from typing import IO, Any
 
 from chest.columns import Entry
@@ -113,18 +114,47 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
 
 
 def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
-    """Read in threads what this one takes in, which may hold the lock."""
+    """Read in threads what this one takes in, which may hold the lock.
+
+    The threads are no pool of `concurrent.futures`: an interrupt can leave that waiting for ever.
+    """
+    todo: SimpleQueue[tuple[Any, Entry] | None] = SimpleQueue()
+    done: SimpleQueue[tuple[Any, Entry, Any]] = SimpleQueue()
     read = memory.store.read
-    with ThreadPoolExecutor(THREADS) as pool:
-        while batch := wanted[: 4 * THREADS]:
-            del wanted[: 4 * THREADS]
-            loads = [pool.submit(read, key, entry) for key, entry in batch]
-            for (key, entry), load in zip(batch, loads, strict=True):
-                try:
-                    memory.offer(key, entry, *load.result())
-                except CorruptValueError:
-                    with suppress(KeyError):
-                        memory.fetch(key)  # damaged, or replaced by another handle
+
+    def work() -> None:
+        while job := todo.get():
+            try:
+                done.put((*job, read(*job)))
+            except BaseException as error:  # noqa: BLE001 -- who asked raises it
+                done.put((*job, error))
+
+    threads = [Thread(target=work, daemon=True) for _ in range(min(THREADS, len(wanted)))]
+    for thread in threads:
+        thread.start()
+    jobs = iter(wanted)
+    try:
+        for job in islice(jobs, 4 * THREADS):
+            todo.put(job)
+        for _ in wanted:
+            key, entry, found = done.get()
+            todo.put(next(jobs, None))
+            _take(memory, key, entry, found)
+    finally:
+        for _ in threads:
+            todo.put(None)
+    for thread in threads:
+        thread.join()
+
+
+def _take(memory: Memory, key: Any, entry: Entry, found: Any) -> None:
+    if isinstance(found, CorruptValueError):
+        with suppress(KeyError):
+            memory.fetch(key)  # damaged, or replaced by another handle
+    elif isinstance(found, BaseException):
+        raise found
+    else:
+        memory.offer(key, entry, *found)
 
 
 def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:

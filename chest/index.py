@@ -146,15 +146,24 @@ class Index:
         self._entry = NOBODY
         self.publishing = -1
         self.abandoned = False
+        self._take_next(None)
         self._open()
 
     def _open(self) -> None:
         self._adopt(_open_file(self.path, "rb" if self._readonly else "r+b"))
+        self._take_next(None)
+
+    def _take_next(self, file: FileIO | None) -> None:
+        """Note what is about to take the place of the file, for a child forked in between."""
+        self._next: FileIO | None = file
+        self._next_map: mmap.mmap | None = None
+        self._next_head: memoryview[int] | None = None
 
     def _adopt(self, file: FileIO) -> None:
         try:
+            self._take_next(file)
             foreign = self._is_foreign(file)
-            mapped = None if foreign else self._map_head(file)
+            self._next_map = mapped = None if foreign else self._map_head(file)
             status = os.fstat(file.fileno())
             identity = status.st_dev, status.st_ino
         except BaseException:
@@ -162,7 +171,7 @@ class Index:
                 unlock_descriptor(file.fileno())  # the map may keep what `replace` locked
             file.close()
             raise
-        head = memoryview(mapped or bytearray(HEAD)).cast("Q")
+        self._next_head = head = memoryview(mapped or bytearray(HEAD)).cast("Q")
         # No call from here on: an interrupt finds the old file or the new one.
         # The old map is let go of, never closed: another thread may be looking at it.
         self._map = mapped
@@ -213,10 +222,14 @@ class Index:
     def abandon(self) -> None:
         """Close file and map in a forked child: each would keep a lock of its parent alive."""
         self.abandoned = True
-        self._file.close()
-        if self._map is not None:
-            self.head.release()
-            self._map.close()  # nobody looks at it: a child begins with one thread
+        mapped = [(self.head, self._map, self._file)]
+        for head, head_map, file in [*mapped, (self._next_head, self._next_map, self._next)]:
+            if head is not None:
+                head.release()
+            if head_map is not None:
+                head_map.close()  # nobody looks at it: a child begins with one thread
+            if file is not None:
+                file.close()
 
     def refresh(self, *, look: bool = False) -> tuple[bool, list[bytes]]:
         """Return what was committed since the last call.
@@ -340,6 +353,12 @@ class Index:
     def held_here(self) -> bool:
         """Tell whether this thread holds the lock, or waits for it, with this or another index."""
         return (threading.get_ident(), self._identity) in _holders
+
+    @staticmethod
+    def busy_here() -> bool:
+        """Tell whether this thread holds the lock of any index, or waits for it."""
+        me = threading.get_ident()
+        return any(thread == me for thread, _ in _holders.copy())
 
     @property
     def is_locked(self) -> bool:
@@ -476,10 +495,10 @@ class Index:
         OSError
             If it could not be done; the log is then as it was.
         """
-        new = None
         try:
             write_log(scratch, payloads, fsync=self._fsync)
             new = _open_file(scratch, "r+b")
+            self._take_next(new)
             lock_descriptor(new.fileno(), poll_interval=POLL)
             self.publishing = _native(_native(self.head[1]) | MOVED)
             self._set_moved(True)
@@ -488,17 +507,22 @@ class Index:
             self.publishing = -1
             if not self._is_replaced():  # an interrupt may come after the replacement
                 self._set_moved(False)
-            if new is not None:
-                unlock_descriptor(new.fileno())
-                new.close()
+            self._give_up_next()
             with suppress(FileNotFoundError):
                 os.unlink(scratch)
             raise
         old = self._file
         self._adopt(new)
+        self._take_next(None)
         self._enter_holders()
         unlock_descriptor(old.fileno())  # a child may have been forked, and have it open
         old.close()
+
+    def _give_up_next(self) -> None:
+        if self._next is not None and not self._next.closed:
+            unlock_descriptor(self._next.fileno())
+            self._next.close()
+        self._take_next(None)
 
     def remove(self) -> None:
         """Remove the file; needs the lock. Others go on to the next one that gets its name."""

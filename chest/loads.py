@@ -27,6 +27,7 @@ class Loads:
     def __init__(self, lock: Any) -> None:
         self.threads: dict[Any, int] = {}
         self.waiting = 0
+        self._lock = lock
         self._ended = threading.Condition(lock)
 
     def wait(self) -> None:
@@ -35,6 +36,9 @@ class Loads:
         try:
             self._ended.wait(LOST)  # an interrupt may have come before it was told
         finally:
+            # An interrupt in the condition may have come while it had let go of the lock.
+            if not self._lock._is_owned():
+                self._lock.acquire()
             self.waiting -= 1
 
     def tell(self) -> None:

@@ -55,9 +55,9 @@ class Memory(Spilling):
                 with self, store.writing(left):
                     self._absorb()
                     self.flush()
+                    self._isolate_and_flush()
                     try:
                         store.begin_transaction()
-                        self._isolate(True)
                         yield
                         if store is self._store:  # not in a child that was forked meanwhile
                             self.flush()
@@ -91,6 +91,16 @@ class Memory(Spilling):
                 lock.release()
             except RuntimeError:
                 pass  # another thread has it
+
+    def _isolate_and_flush(self) -> None:
+        """Isolate, and save what other threads changed in place while the flush before went on."""
+        try:
+            self._isolate(True)
+            if threading.active_count() > 1 or self._hands.of_others():
+                self.flush()
+        except BaseException:
+            self._isolate(False)
+            raise
 
     def _isolate(self, isolate: bool) -> None:
         """Let no other thread see what is in memory, or all of them again."""
@@ -254,10 +264,13 @@ class Memory(Spilling):
                 self._store.index.release()
 
     def _close_elsewhere(self) -> bool:
-        """Let another thread wait, where garbage is collected in the midst of another's commit."""
-        waits = self._store is not None and self._store.index.held_here()
+        """Let another thread wait, where garbage is collected in the midst of another's commit.
+
+        At the end of the program `chest.processes` finishes what that thread did not.
+        """
+        waits = self._store is not None and self._store.index.busy_here()
         if waits:
-            threading.Thread(target=self.finish).start()
+            threading.Thread(target=self.finish, daemon=True).start()
         return waits
 
     def _end(self) -> None:

@@ -81,7 +81,7 @@ class Saving(Loading):
         stop: bool,
     ) -> None:
         """Dump values to where a commit takes them from, so many at a time."""
-        start, some = 0, MANY
+        start, some = 0, min(MANY, STEP)
         while start < len(keys):
             # What is not resident was deleted or spilled by what was pickled before.
             step = [*filter(self.inmem.__contains__, keys[start : start + some])]

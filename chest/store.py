@@ -105,13 +105,13 @@ class Store(Upkeep):
             length, digest = write(path)
             if self._fsync:
                 sync_file(path)
+            return Staged(path, length, digest)
         except OSError as error:
             remove_quietly(path)
             raise told(error, self.directory.path, size) from error
         except BaseException:
             remove_quietly(path)
             raise
-        return Staged(path, length, digest)
 
     def stage_link(self, other: Store, entry: Entry) -> Staged:
         """Stage a value that another store holds, by a hard link where the system can.

@@ -21,6 +21,7 @@ import inspect
 import json
 import logging
 import os
+import pickle
 import random
 import runpy
 import shutil
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import threading
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 
@@ -891,7 +893,7 @@ def examine(w, expected, piecewise, way, kept):
 
 def demand_closed(path):
     for thread in threading.enumerate():  # a chest may be closed in another one
-        if thread is not threading.current_thread() and not thread.daemon:
+        if thread.name.endswith("(finish)"):
             thread.join(3)
     left = open_files(path)
     if left:
@@ -1139,3 +1141,76 @@ def test_an_interrupt_leaves_nothing_lost_locked_or_left_behind(name, folders):
         finally:
             shutil.rmtree(folder)
     assert not broken, f"{len(broken)} points:\n" + "\n".join(broken[:10])
+
+
+# -- at one place ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def interrupted_after(name, caller, times=1):
+    """Interrupt this thread where a C function returns to a function, the n-th time."""
+
+    def profile(frame, event, arg):
+        nonlocal times
+        if event == "c_return" and arg.__name__ == name and frame.f_code.co_name == caller:
+            times -= 1
+            if not times:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    try:
+        sys.setprofile(profile)
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def test_who_is_interrupted_before_a_packed_value_is_read_keeps_no_other_from_it(path):
+    values = {str(n): f"value {n}" for n in range(200)}
+    with Chest(values, path):
+        pass
+    with Chest(path=path) as c:
+        c["0"], c["1"]  # from here on the pack is open
+        with pytest.raises(KeyboardInterrupt), interrupted_after("setdefault", "_get_packed"):
+            c["7"]
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(c.__getitem__, "7").result(10) == "value 7"
+        c._check()
+
+
+def test_who_is_interrupted_while_it_waits_for_another_load_has_the_lock_again(path):
+    reading, leave = threading.Event(), threading.Event()
+
+    def load(file):
+        value = pickle.load(file)
+        reading.set()
+        assert leave.wait(10)
+        return value
+
+    with Chest({"slow": [1]}, path):
+        pass
+    with Chest(path=path, load=load, dump=pickle.dump) as c, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(c.__getitem__, "slow")
+        assert reading.wait(10)
+        with pytest.raises(KeyboardInterrupt), interrupted_after("_release_save", "wait"):
+            c["slow"]
+        leave.set()
+        assert other.result(10) == [1]
+        c._check()
+
+
+@pytest.mark.parametrize("name", ["put", "get", "start_new_thread"])
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_a_prefetch_that_is_interrupted_ends(path, name, times):
+    with Chest({n: [n] * 1000 for n in range(40)}, path):
+        pass
+    with Chest(path=path) as c:
+        with suppress(KeyboardInterrupt):
+            for caller in ("_read_in_threads", "start"):
+                with interrupted_after(name, caller, times):
+                    c.prefetch(range(40))
+        assert dict(c) == {n: [n] * 1000 for n in range(40)}
+        c._check()
+    for thread in threading.enumerate():
+        if thread.daemon:
+            thread.join(10)

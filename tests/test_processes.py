@@ -25,6 +25,7 @@ import textwrap
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
 from multiprocessing import Pipe, get_all_start_methods
@@ -1472,7 +1473,7 @@ def test_a_child_that_lives_on_keeps_no_lock_of_a_parent_that_was_killed(fresh, 
     steps = count_steps(action, lambda: Chest(path=path))
     read_end, write_end = os.pipe()
     ready_end, told_end = os.pipe()
-    for step in sample(steps, 25):
+    for step in sample(steps, 60):
         path = fresh()
 
         def act(path=path, step=step):
@@ -2160,3 +2161,83 @@ def test_nothing_committed_is_lost_or_seen_torn_while_processes_are_killed(
         strays(path)
         c._check()
     shared.close()
+
+
+# -- handles that the garbage collector ends -------------------------------------------------------
+
+
+def garbage(path, **values):
+    """Leave a chest that nobody refers to, to be collected."""
+
+    class Owner:
+        pass
+
+    owner = Owner()
+    owner.me = owner
+    owner.chest = Chest(path=path)
+    len(owner.chest)
+    owner.chest.update(values)
+
+
+@pytest.fixture
+def _collected_when_told():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_collected_when_told")
+@pytest.mark.parametrize("step", [(chest.index.Index, "_adopt"), (chest.store.Store, "commit")])
+def test_a_handle_that_is_collected_amid_another_ones_commit_is_saved(path, step, monkeypatch):
+    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0)
+    owner, name = step
+    real = getattr(owner, name)
+    with Chest({"x": [0]}, path) as c:
+        c.flush()
+        garbage(path, y=["garbage"])
+        for n in range(5):
+            c["x"] = [n]
+            c.flush()  # also to a new index, which the other handle has not seen
+
+        def collect_first(self, *args):
+            if self in (c._memory._store, c._memory._store.index):
+                gc.collect()
+            return real(self, *args)
+
+        monkeypatch.setattr(owner, name, collect_first)
+        for n in range(5):
+            c["x"] = [n]
+            c.flush()
+        until = time.monotonic() + 20
+        while "y" not in c and time.monotonic() < until:
+            time.sleep(0.01)
+        assert c == {"x": [4], "y": ["garbage"]}
+
+
+@pytest.mark.usefixtures("_collected_when_told")
+def test_two_threads_that_collect_each_others_handles_do_not_wait_for_each_other(
+    tmp_path, monkeypatch
+):
+    paths = [str(tmp_path / name) for name in "ab"]
+    with Chest(path=paths[0]) as a, Chest(path=paths[1]) as b:
+        stores = [c._memory.store for c in (a, b)]
+        others = [Chest({"left": 1}, path) for path in reversed(paths)]
+        both = threading.Barrier(2)
+        commit = chest.store.Store.commit
+
+        def let_go_first(self, batch):
+            if self in stores:
+                both.wait(10)
+                others[stores.index(self)] = None
+            commit(self, batch)
+
+        with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+            patch.setattr(chest.store.Store, "commit", let_go_first)
+            a["x"] = b["x"] = 1
+            for flushed in [pool.submit(c.flush) for c in (a, b)]:
+                flushed.result(20)
+        until = time.monotonic() + 20
+        while not ("left" in a and "left" in b) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert a == b == {"left": 1, "x": 1}

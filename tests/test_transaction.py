@@ -2141,3 +2141,32 @@ def test_random_transactions_of_two_handles_are_all_or_nothing():
         print_blob=False,
     )
     run_state_machine_as_test(TransactionMachine, settings=effort)
+
+
+def test_what_another_thread_changes_while_a_transaction_begins_is_not_taken_back(path):
+    dumping, done = threading.Event(), threading.Event()
+
+    def dump(value, file):
+        if value == ["slow"]:
+            dumping.set()
+            assert done.wait(HARMLESS)
+        pickle.dump(value, file)
+
+    with Chest({"k": [0], "j": [0]}, path, dump=dump) as c:
+        c.flush()
+
+        def change():
+            assert dumping.wait(HARMLESS)
+            c["k"].append(1)  # which has been compared already
+            c["j"]
+            done.set()
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        c["slow"] = ["slow"]
+        with pytest.raises(Failure), c.transaction():
+            c["mine"] = [1]
+            raise Failure
+        thread.join()
+        assert c == {"k": [0, 1], "j": [0], "slow": ["slow"]}
+        c._check()
