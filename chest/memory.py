@@ -58,6 +58,7 @@ class Memory(Spilling):
                     self._isolate_and_flush()
                     try:
                         store.begin_transaction()
+                        self._look(store)
                         yield
                         if store is self._store:  # not in a child that was forked meanwhile
                             self.flush()

@@ -1379,8 +1379,9 @@ def test_a_chest_that_is_collected_while_another_commits_is_saved_after_it(path)
     with Chest(path=path, key_to_filename=name) as c:
         c["y"] = 2
         c.flush()
-        for thread in set(threading.enumerate()) - {threading.current_thread()}:
-            thread.join()
+        for thread in threading.enumerate():
+            if thread.name.endswith("(finish)"):
+                thread.join(10)
         assert dict(c) == {"x": [1], "y": 2}
         c._check()
 
