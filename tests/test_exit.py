@@ -473,11 +473,12 @@ def test_a_program_that_dies_keeps_what_was_flushed(path, run):
 
 ENDS = {
     "a manager, and a chest that was sent to a process": """
-        import multiprocessing
         import pickle
+        from multiprocessing.managers import SyncManager
 
         if __name__ == "__main__":
-            manager = multiprocessing.Manager()
+            manager = SyncManager(("127.0.0.1", 0))  # the name of a socket may be too long
+            manager.start()
             c = Chest({'x': 1})
             pickle.dumps(c)
             saved = Chest({'x': 1}, PATH)
