@@ -1441,11 +1441,11 @@ def test_who_asks_for_the_file_of_a_packed_value_that_another_one_deletes(path, 
 
 
 class Hooked(Hook):
-    """A key that does something each time that it is pickled, from the second time on."""
+    """A key that does something the second time that it is pickled: amid the commit."""
 
     def __reduce__(self):
         Hooked.times += 1
-        if Hooked.times > 1:
+        if Hooked.times == 2:
             Hooked.act()
         return Hooked, ()
 
