@@ -132,7 +132,7 @@ def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
     threads = [Thread(target=work, daemon=True) for _ in range(min(THREADS, len(wanted)))]
     for thread in threads:
         thread.start()
-    jobs = iter(wanted)
+    jobs, failed = iter(wanted), None
     try:
         for job in islice(jobs, 4 * THREADS):
             todo.put(job)
@@ -140,11 +140,18 @@ def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
             key, entry, found = done.get()
             todo.put(next(jobs, None))
             _take(memory, key, entry, found)
+    except Exception as error:  # noqa: BLE001 -- raised below, when the threads have ended
+        failed = error
     finally:
         for _ in threads:
             todo.put(None)
     for thread in threads:
         thread.join()
+    if failed is not None:
+        try:
+            raise failed
+        finally:
+            failed = None  # else it and this frame would keep each other
 
 
 def _take(memory: Memory, key: Any, entry: Entry, found: Any) -> None:
