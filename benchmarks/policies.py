@@ -6,10 +6,11 @@ the budget.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 
 
-class Policy:
+class Policy(ABC):
     """Which keys are in memory: a key is in `sizes` as long as it is."""
 
     def __init__(self, budget):
@@ -33,15 +34,15 @@ class Policy:
         self.enter(key)
         return gone
 
-    def hit(self, key):
-        raise NotImplementedError
+    @abstractmethod
+    def hit(self, key): ...
 
-    def enter(self, key):
-        raise NotImplementedError
+    @abstractmethod
+    def enter(self, key): ...
 
+    @abstractmethod
     def evict(self):
         """Return a key that leaves, or None for another try."""
-        raise NotImplementedError
 
 
 class LRU(Policy):

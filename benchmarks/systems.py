@@ -405,7 +405,7 @@ class PickleLog(System):
     lasts = False
 
     def open(self):
-        self.log = open(self.file("log"), "w+b", buffering=1 << 20)  # noqa: SIM115
+        self.log = open(self.file("log"), "w+b", buffering=1 << 20)  # noqa: SIM115 -- read later
         self.places = {}
         self.end = 0
         return self

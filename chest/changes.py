@@ -40,8 +40,10 @@ class Changes(Residents):
     def _is_publishing(self) -> bool:
         """Tell whether the news are this very handle's, whose commit is not through yet."""
         store = self._store
-        quiet = store is not None and not self.in_transaction and not self._torn
-        return quiet and self.head[1] == store.index.publishing  # type: ignore[union-attr]
+        if store is None or self.in_transaction or self._torn:
+            return False
+        news: bool = self.head[1] == store.index.publishing
+        return news
 
     def refresh(self) -> None:
         """Take in what others committed, also where the system tells late of it."""

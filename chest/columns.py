@@ -190,8 +190,8 @@ def is_plain(key: Hashable) -> bool:
     if kind in _ATOMS:
         return True
     try:
-        # What mypy cannot see: it is iterable then.
-        return (kind is tuple or kind is frozenset) and all(map(is_plain, key))  # type: ignore[call-overload]
+        parts: Any = key  # iterable, if it is one of these
+        return (kind is tuple or kind is frozenset) and all(map(is_plain, parts))
     except RecursionError:  # nested so deeply that no pickle takes it either
         return False
 

@@ -23,24 +23,7 @@ TRIES = 100  # times to open a directory that others drop and make
 
 
 class Reading:
-    """What a chest has on disk, as far as it is read.
-
-    Parameters
-    ----------
-    path : str
-        The directory, absolute; made if it does not exist.
-    serializer : Serializer
-    options : Options
-    reopen : bool
-        There was a chest: nothing is made.
-
-    Raises
-    ------
-    OSError
-        If the directory cannot be made, or is none, or holds no chest and may not be written.
-    CorruptIndexError
-        If its index cannot be read.
-    """
+    """What a chest has on disk, as far as it is read; see `chest.store.Store`."""
 
     def __init__(
         self, path: str, serializer: Serializer, options: Options, *, reopen: bool = False

@@ -105,7 +105,7 @@ def changeable(value: object) -> bool:
         if _ATOMS.issuperset(map(type, value)):  # type: ignore[call-overload]  # iterable then
             return False
         try:
-            return any(map(changeable, value))  # type: ignore[call-overload]
+            return any(map(changeable, value))  # type: ignore[call-overload]  # the same
         except RecursionError:
             return True
     return not _is_frozen_array(value)

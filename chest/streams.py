@@ -155,7 +155,7 @@ class HashingReader:
         start = 0
         while start < view.nbytes:
             step = view[start : start + STEP]
-            n = self._file.readinto(step)  # type: ignore[attr-defined]
+            n = self._file.readinto(step)  # type: ignore[attr-defined]  # files have it
             if not n:
                 break
             self._passed(step[:n], n)
