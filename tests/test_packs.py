@@ -1388,13 +1388,14 @@ class Hook:
 @pytest.mark.parametrize("victim", ["x", bytes(100_000)], ids=["small", "large"])
 @pytest.mark.parametrize("by", ["key", "value"])
 def test_what_is_deleted_while_others_are_dumped_is_gone(path, victim, by):
-    with Chest({"victim": victim, **small(64)}, path=path) as c:
+    with Chest({"victim": victim}, path=path) as c:
         hook = Hook()
         if by == "key":
             c[hook] = 1
         else:
             c["hook"] = hook
         c["large"] = bytes(100_000)
+        c.update(small(64))
         Hook.act = staticmethod(lambda: c.pop("victim"))
         c.flush()
         c._check()
@@ -1476,3 +1477,21 @@ def test_a_key_that_wants_another_commit_amid_its_own_is_refused(path, act, tran
         assert c == expected
     with Chest(path=path) as c:
         assert c == expected
+
+
+@pytest.mark.parametrize("at", range(-9, -1))
+def test_a_byte_that_changes_while_its_pack_is_open_is_told(path, at):
+    with Chest(small(64), path=path):
+        pass
+    with Chest(path=path) as c:
+        assert (c["k0"], c["k1"]) == ("value 0", "value 1")  # from here on the pack is open
+        place = entry(c, "k7")
+        end = place.place + place.length
+        with open(os.path.join(path, place.file), "r+b") as file:
+            file.seek(end + at)
+            byte = file.read(1)[0]
+            file.seek(end + at)
+            file.write(bytes([byte ^ 1]))
+        with pytest.raises(CorruptValueError):
+            c["k7"]
+        assert c["k8"] == "value 8"
