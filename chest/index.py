@@ -222,14 +222,12 @@ class Index:
     def abandon(self) -> None:
         """Close file and map in a forked child: each would keep a lock of its parent alive."""
         self.abandoned = True
-        mapped = [(self.head, self._map, self._file)]
-        for head, head_map, file in [*mapped, (self._next_head, self._next_map, self._next)]:
+        for head in self.head, self._next_head:  # first: amid `_adopt` the maps are not theirs
             if head is not None:
                 head.release()
-            if head_map is not None:
-                head_map.close()  # nobody looks at it: a child begins with one thread
-            if file is not None:
-                file.close()
+        for part in self._map, self._next_map, self._file, self._next:
+            if part is not None:
+                part.close()  # nobody looks at it: a child begins with one thread
 
     def refresh(self, *, look: bool = False) -> tuple[bool, list[bytes]]:
         """Return what was committed since the last call.
