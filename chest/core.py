@@ -18,7 +18,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast, overload
@@ -519,8 +519,7 @@ class Chest(MutableMapping[K, V]):
         """
         self._memory.refresh()
 
-    @contextmanager
-    def transaction(self, timeout: float | None = None) -> Iterator[None]:
+    def transaction(self, timeout: float | None = None) -> AbstractContextManager[None]:
         """Let a ``with`` block have the directory for itself: all that it does counts, or nothing.
 
         What is not saved yet is committed first, and what others committed is taken in. No other
@@ -557,8 +556,7 @@ class Chest(MutableMapping[K, V]):
         >>> c['balance']
         70
         """
-        with self._memory.transaction(timeout):
-            yield
+        return self._memory.transaction(timeout)
 
     @property
     def closed(self) -> bool:

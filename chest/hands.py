@@ -12,9 +12,10 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from typing import Any
+
+from chest.blocks import Steps, block
 
 THREADS = 32  # with a value in hand, before those that ended are looked for
 REFERENCES = 1000  # kept before dead ones are looked for
@@ -68,8 +69,8 @@ class Hands:
         # Only now: it may have left memory while it was still in the hand.
         return hand if hand is not None and hand[0] in self.left else None
 
-    @contextmanager
-    def pinned(self) -> Iterator[None]:
+    @block
+    def pinned(self) -> Steps:
         """Keep what is in the hand of this thread there, whatever hooks take meanwhile."""
         me = threading.get_ident()
         hand = self.held.get(me)

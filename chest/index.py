@@ -28,12 +28,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import FileIO
 from zlib import crc32
 
 from filelock import lock_descriptor, unlock_descriptor
 
+from chest.blocks import Steps, block
 from chest.errors import CorruptIndexError
 
 MAGIC = b"chest\x00\x01\n"
@@ -314,8 +315,8 @@ class Index:
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, DROPPED, self.path) from error
 
-    @contextmanager
-    def locked(self, timeout: float | None = None) -> Iterator[None]:
+    @block
+    def locked(self, timeout: float | None = None) -> Steps:
         """Hold the lock on the file that `path` names; may be nested.
 
         Parameters

@@ -8,12 +8,11 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from chest.blocks import Steps, block
 from chest.errors import ChestClosedError, ReadOnlyError, say
 from chest.hands import Hands
 from chest.loading import TRIES
@@ -32,8 +31,8 @@ class Memory(Spilling):
 
     # -- transactions ------------------------------------------------------------------------------
 
-    @contextmanager
-    def transaction(self, timeout: float | None) -> Iterator[None]:
+    @block
+    def transaction(self, timeout: float | None) -> Steps:
         """Let the block have the directory for itself, and commit what it did, or nothing of it.
 
         Raises
@@ -74,8 +73,8 @@ class Memory(Spilling):
                 self._give_up(store, torn=False)
             self._make_room()
 
-    @contextmanager
-    def _lock_until(self, deadline: float) -> Iterator[None]:
+    @block
+    def _lock_until(self, deadline: float) -> Steps:
         lock = self.lock
         if deadline == math.inf:
             with lock:

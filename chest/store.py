@@ -20,11 +20,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import accumulate
 from typing import NamedTuple
 
+from chest.blocks import Steps, block
 from chest.columns import Entry, Puts
 from chest.directory import Names, remove_quietly, sync_file
 from chest.errors import told
@@ -138,8 +139,8 @@ class Store(Upkeep):
         if self.serializer.text is None:
             self.serializer.text = other.serializer.text
 
-    @contextmanager
-    def writing(self, timeout: float | None = None) -> Iterator[None]:
+    @block
+    def writing(self, timeout: float | None = None) -> Steps:
         """Hold the lock, after catching up with what others committed before it was taken.
 
         Raises

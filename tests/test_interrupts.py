@@ -23,6 +23,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -99,8 +100,8 @@ class Interrupter:
 
     CPython 3.11 to 3.13 look for signals when they enter a function or go on with a generator, when
     they jump backwards, and when a call of C code is done: not in between. In particular not
-    between ``RLock.__enter__`` and the block of its ``with``, but for code in Python, as of
-    `contextlib`, there is a point before the block and another one after it.
+    between ``RLock.__enter__`` and the block of its ``with``, but for an ``__exit__`` in Python
+    there is a point before it.
     """
 
     def __init__(self, at=None, watches=is_watched):
@@ -768,7 +769,7 @@ class Story:
                 interrupter, done, kept = self._interrupt(w, chapter, at)
                 if interrupter.where is None:
                     return None  # threads took other turns than when the points were counted
-                if way != "keep" or is_at_a_manager(interrupter.where):
+                if way != "keep" or is_before_an_exit(interrupter.where):
                     kept.clear()
                 moments = self.moments[chapter]
                 expected = moments[done : done + 2] if done + 1 < len(moments) else moments[-1:]
@@ -840,12 +841,12 @@ def is_finalizer(where):
     return any(call.endswith(" finish") for call in where)
 
 
-def is_at_a_manager(where):
-    """Tell whether a manager of `contextlib` was not left: it is when the traceback goes.
+def is_before_an_exit(where):
+    """Tell whether a block of `with` was not left: it is when the traceback goes.
 
-    Python comes by a point after its block has begun to count, and before it is told of the end.
+    Python looks for signals as it enters ``__exit__``, before the first line of it.
     """
-    return where[1].startswith("contextlib.py")
+    return where[0] == "enter in" and re.match(r"(blocks|contextlib)\.py:.* __exit__", where[1])
 
 
 def examine(w, expected, piecewise, way, kept):
@@ -1214,3 +1215,37 @@ def test_a_prefetch_that_is_interrupted_ends(path, name, times):
     for thread in threading.enumerate():
         if thread.daemon:
             thread.join(10)
+
+
+def test_an_interrupt_around_a_transaction_locks_nobody_out_while_its_traceback_lives(path):
+    with ExitStack() as stack:
+        c = stack.enter_context(Chest({"n": 0}, path))
+        other = stack.enter_context(Chest(path=path))
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        stack.enter_context(silent())  # of files that were just opened
+        c.flush()
+        kept, tried = [], set()
+        for at in count():
+            interrupter = Interrupter(at)
+            before = c["n"]
+            try:
+                with interrupter, c.transaction():
+                    c["n"] = before + 1
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            if interrupter.where is None:
+                break
+            if is_before_an_exit(interrupter.where):
+                kept.clear()
+            else:
+                tried.add(interrupter.where[1])
+            assert pool.submit(c.__getitem__, "n").result(10) in (before, before + 1)
+            c["handled"] = at
+            c.flush()
+            with other.transaction(timeout=1):
+                assert other["handled"] == at, interrupter.where
+                assert other["n"] in (before, before + 1)
+            c._check()
+        assert c["n"] == before + 1
+    assert len(tried) > 20
+    assert any(place.endswith(" __enter__") and place.startswith("blocks.py") for place in tried)
