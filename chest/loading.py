@@ -113,10 +113,11 @@ class Loading(Changes):
         """
         with self.lock, self:
             self.begin()
+        me, threads = threading.get_ident(), self._loads.threads
         for tries in count(1):
             entry = None
             try:
-                entry = self._begin_load(key, stream)
+                entry = self._begin_load(key, stream, me)
                 if not isinstance(entry, Entry):
                     return entry[0]
                 value, again = self._load(key, entry, tell=tries == 1)
@@ -132,7 +133,8 @@ class Loading(Changes):
             finally:
                 if entry.__class__ is not tuple:
                     # With no call before: interrupts come with calls.
-                    self._loads.threads.pop(key, None)
+                    if key in threads and threads[key] is me:
+                        threads.pop(key, None)
                     with self.lock:
                         self._loads.tell()
         return MISSING
@@ -152,7 +154,7 @@ class Loading(Changes):
             return MISSING
         taken, threads = False, self._loads.threads
         try:
-            if threads.setdefault(key, me) is not me:  # each `me` is an int of its own
+            if threads.setdefault(key, me) is not me:
                 return MISSING
             try:
                 value = pickle.loads(stream)
@@ -203,21 +205,19 @@ class Loading(Changes):
             return False
         if digest != entry.digest:
             self._as_loaded[key] = digest
-        self._loads.threads.pop(key, None)  # before anybody else gets the lock
         self._admit(key, value, size, uses, stream)
         return True
 
-    def _begin_load(self, key: Hashable, stream: bool) -> Entry | tuple[Any]:
+    def _begin_load(self, key: Hashable, stream: bool, me: int) -> Entry | tuple[Any]:
         """Return where to read the value from, or the value itself in a tuple.
 
         A thread that holds the lock already reads for itself what another one is reading: to wait
         would let go of a lock that somebody relies on. So does one that is reading already, in
         whose `load` this happens: the other may be waiting for it in turn.
         """
-        me = threading.get_ident()
         locked = self.lock._is_owned()  # type: ignore[attr-defined]  # as Condition asks it
         with self.lock, self:
-            nested = locked or me in self._loads.threads.values()
+            nested = locked or me in self._loads.threads.copy().values()
             while True:
                 if self._torn:
                     self.catch_up()

@@ -19,7 +19,8 @@ class Loads:
     Attributes
     ----------
     threads : dict of key to int
-        Which thread reads the value of a key.
+        Which thread reads the value of a key. Each read has an int object of its own, and takes out
+        no other: a read within a read, or one that waits for none, is not in here.
     waiting : int
         How many threads wait for what others read.
     """
@@ -46,6 +47,5 @@ class Loads:
         self._ended.notify_all()
 
     def mend(self) -> None:
-        """Forget what an interrupt kept this thread from reading."""
-        me = threading.get_ident()
-        self.threads = {key: thread for key, thread in self.threads.items() if thread != me}
+        """Forget what an interrupt may have left; a load that goes on is not waited for."""
+        self.threads.clear()

@@ -772,6 +772,38 @@ def test_a_key_is_loaded_once_wherever_the_first_of_eight_threads_is(path, step,
         c._check()
 
 
+def test_a_read_within_a_read_lets_no_other_thread_read_it_too(path):
+    """`load` reads its own key once more; another thread waits for the outer read all the same."""
+    outer, leave, readers = threading.Event(), threading.Event(), []
+
+    def load(file):
+        readers.append(threading.get_ident())
+        if len(readers) == 1:
+            assert c["x"] == "value"
+            c["y"] = "in its hand"
+            outer.set()
+            assert leave.wait(10)
+        return pickle.load(file)
+
+    with Chest({"x": "value"}, path):
+        pass
+    with Chest(path=path, load=load, available_memory=1) as c, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(c.__getitem__, "x")
+        assert outer.wait(10)
+        second = pool.submit(c.__getitem__, "x")
+        wait_until(lambda: c._memory._loads.waiting or len(readers) > 2)
+        assert len(readers) == 2
+        leave.set()
+        assert first.result(10) == second.result(10) == "value"
+
+
+def wait_until(told, seconds=10):
+    until = time.monotonic() + seconds
+    while not told():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
 def test_a_value_that_was_replaced_and_set_back_while_it_was_read_is_no_damage(path, monkeypatch):
     store(path, {"k": ["k"]})
     real = Serializer.read
