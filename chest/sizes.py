@@ -192,21 +192,23 @@ def _pairs(value: dict[Any, Any]) -> int:
 
 
 def _walk(value: Any) -> int:
-    total, budget = 0.0, _BUDGET
+    total: float
+    total, groups = _open([value])
+    opened = [(groups, 1.0)] if groups else []
+    budget = _BUDGET
     seen = {_identity(value): value}  # holds on to it, so that no identity is used again
-    strata: list[_Stratum] = [([value], 1.0)]
-    while strata:
+    while opened:
+        strata: list[_Stratum] = []
+        for (groups, weight), count in zip(opened, _quotas(opened, budget), strict=True):
+            for parts, factor in _draw(groups, count):
+                budget -= len(parts)
+                strata += _unshared(parts, weight * factor, seen)
         opened = []
         for parts, weight in strata:
             own, groups = _open(parts)
             total += own * weight
             if groups and budget > 0:
                 opened.append((groups, weight))
-        strata = []
-        for (groups, weight), count in zip(opened, _quotas(opened, budget), strict=True):
-            for parts, factor in _draw(groups, count):
-                budget -= len(parts)
-                strata += _unshared(parts, weight * factor, seen)
     return round(total)
 
 

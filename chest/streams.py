@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import xxhash
 
-STEP = 1 << 18  # bytes hashed and passed on at a time: they stay in the cache of any processor
+STEP = 1 << 22  # bytes hashed and passed on at a time: they stay in the cache of most processors
 
 # What protocol 5 writes for a numpy array: a frame that ends with the function that makes an array
 # of a buffer, and then, outside of all frames, the buffer.
