@@ -29,6 +29,8 @@ class Block:
     def __enter__(self) -> None:
         try:
             next(self._steps)
+        except StopIteration:
+            raise RuntimeError("this block was entered before: begin another one") from None
         except BaseException:
             self._steps.close()
             raise

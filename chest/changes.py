@@ -56,20 +56,30 @@ class Changes(Residents):
 
     def _absorb(self) -> None:
         """Bring memory in line with keys that others replaced or deleted."""
+        changed = self.store.ledger.changed
+        for key in [*changed]:
+            if not (key in self._loose or key in self.dirty or self._hands.knows(key)):
+                self._forget(key)  # before hits are let through again
+                del changed[key]
         self._look(self.store)
-        changed = self.ledger.changed
-        while changed:
-            key, digest = next(iter(changed.items()))
-            value = self.in_memory(key)
-            keep = key in self.dirty or (value is not MISSING and self._differs(key, value, digest))
-            if self.in_memory(key) is value:  # else what pickled it replaced it
-                if keep and key not in self.ledger.rows:
-                    self.ledger.add(key)
-                if keep:
-                    self._revive(key, value)
-                else:
-                    self._forget(key)
-            changed.pop(key, None)
+        while changed := self.ledger.changed:
+            for key in [*changed]:
+                # Else what pickled another one came here, too.
+                if key in changed and changed is self.ledger.changed:
+                    self._absorb_one(key, changed[key])
+                    changed.pop(key, None)
+
+    def _absorb_one(self, key: Hashable, digest: int) -> None:
+        value = self.in_memory(key)
+        keep = key in self.dirty or (value is not MISSING and self._differs(key, value, digest))
+        if self.in_memory(key) is not value:
+            return  # what pickled it replaced it
+        if keep and key not in self.ledger.rows:
+            self.ledger.add(key)
+        if keep:
+            self._revive(key, value)
+        else:
+            self._forget(key)
 
     def begin(self, action: str | None = None) -> None:
         """Start an operation: catch up with other handles; needs the lock.
@@ -82,7 +92,8 @@ class Changes(Residents):
         if self.head[1] != self.seen:
             self.catch_up()
         if self._hands.owed:
-            self._settle_owed()
+            with self:
+                self._settle_owed()
         if self.readonly and action is not None:
             raise ReadOnlyError(str(self.path), action)
 

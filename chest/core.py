@@ -250,11 +250,18 @@ class Chest(MutableMapping[K, V]):
             If the chest is empty.
         """
         with self.lock:
-            self._memory.begin("pop a key")
-            self._memory.ledger.sort()
-            for key in reversed(self._memory.ledger.rows):
-                return key, self.pop(key)
+            for key in iter(self._last, _MISSING):
+                try:
+                    return key, self.pop(key)
+                except KeyError:
+                    if key in self:  # a hook raised it, not another process that deleted the key
+                        raise
         raise KeyError("popitem(): the chest is empty")
+
+    def _last(self) -> Any:
+        self._memory.begin("pop a key")
+        self._memory.ledger.sort()
+        return next(reversed(self._memory.ledger.rows), _MISSING)
 
     def setdefault(self, key: K, default: Any = None) -> Any:
         """Return the value of `key`, which becomes `default` if there is no such key."""
@@ -262,8 +269,11 @@ class Chest(MutableMapping[K, V]):
             return self[key]
         except KeyError:
             with self.lock:
-                if key in self:
-                    return self[key]  # set meanwhile; or a hook raised KeyError, and does again
+                try:
+                    return self[key]  # set meanwhile
+                except KeyError:
+                    if key in self:
+                        raise  # a hook raised it
                 self[key] = default
                 return default
 
@@ -273,9 +283,7 @@ class Chest(MutableMapping[K, V]):
             self._memory.begin("clear the chest")
             self._memory.clear()
 
-    def update(
-        self, other: Any = (), /, overwrite: bool = True, **more: V
-    ) -> None:
+    def update(self, other: Any = (), /, overwrite: bool = True, **more: V) -> None:
         """Set the pairs of a mapping, an iterable of pairs or another chest, and keywords.
 
         Values of a chest with the same serializer are linked, or copied where that fails, file by

@@ -33,6 +33,7 @@ class Hands:
         self.held: dict[int, tuple[Any, Any]] = {}
         self.left: dict[Any, Callable[[], Any]] = {}
         self._pinned: dict[object, tuple[Any, Any]] = {}
+        self._passing: dict[int, tuple[Any, Any]] = {}  # by thread, on the way out of its hand
         self.owed: deque[tuple[Any, Any]] = deque()  # let go of by hits, not looked at yet
         self._limit = REFERENCES
 
@@ -55,19 +56,21 @@ class Hands:
         """Empty the hand of this thread; return as `hold` does."""
         return self.gone(self.held.pop(threading.get_ident(), None))
 
-    def swap(self, key: Hashable, value: Any) -> tuple[Any, Any] | None:
+    def swap(self, key: Hashable, value: Any) -> None:
         """Put a resident value in the hand of this thread, without the lock.
 
-        Returns
-        -------
-        (key, value) or None
-            What was in the hand before, if it is not resident: the caller owes it to `gone`.
+        What was in the hand before, and is not resident, is `owed` to `gone`.
         """
         me = threading.get_ident()
         hand = self.held.get(me)
+        if hand is None:
+            self.held[me] = (key, value)
+            return
+        self._passing[me] = hand  # so that it is held at any moment until it is owed
         self.held[me] = (key, value)
-        # Only now: it may have left memory while it was still in the hand.
-        return hand if hand is not None and hand[0] in self.left else None
+        if hand[0] in self.left:  # only now: it may have left memory while it was in the hand
+            self.owed.append(hand)
+        self._passing.pop(me, None)
 
     @block
     def pinned(self) -> Steps:
@@ -101,7 +104,8 @@ class Hands:
             self._limit = max(REFERENCES, 2 * len(self.left))
 
     def _is_held(self, value: Any) -> bool:
-        held = [*self.held.values(), *self._pinned.values(), *self.owed]
+        # In the order that a value takes, so that it is met wherever it goes meanwhile.
+        held = [*self.held.values(), *self._pinned.values(), *self._passing.values(), *self.owed]
         return any(some is value for _, some in held)
 
     def of_others(self) -> list[tuple[Any, Any]]:

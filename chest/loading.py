@@ -47,9 +47,8 @@ class Loading(Changes):
             self._measure_again(key, value)
         else:
             self._touched[key] = (size, touches + 1)
-        released = self._hands.swap(key, value)
-        if released is not None:
-            self._hands.owed.append(released)
+        self._hands.swap(key, value)
+        if self._hands.owed:
             self._if_free(self._settle_owed)
         # Another thread may have begun a transaction, or deleted it, or spilled it before it was in
         # the hand.
@@ -133,8 +132,11 @@ class Loading(Changes):
             finally:
                 if entry.__class__ is not tuple:
                     # With no call before: interrupts come with calls.
-                    if key in threads and threads[key] is me:
-                        threads.pop(key, None)
+                    try:
+                        if threads[key] is me:
+                            threads.pop(key, None)
+                    except KeyError:
+                        pass  # another thread mended
                     with self.lock:
                         self._loads.tell()
         return MISSING
@@ -164,28 +166,32 @@ class Loading(Changes):
             fixed = not changeable(value)
             digest = where[3] if fixed else self._digest_as_loaded(value, Entry(*where))
             with self.lock:
-                if self.ledger is not ledger or self.head[1] != self.seen:
-                    return MISSING
-                if (
-                    fixed
-                    and ledger.rows.get(key) == row
-                    and key not in self.inmem
-                    and key not in self._hands.left
-                    and not self._hands.held
-                    and self.eviction.total + size <= self.available
-                ):
-                    self._enter_fixed(key, value, size, 0)
-                    taken = True
-                else:
-                    taken = self._take_in(key, Entry(*where), value, size, digest, 0, False)
-                threads.pop(key, None)  # before anybody else gets the lock
-        except BaseException as error:
-            self.__exit__(type(error))
-            raise
+                try:
+                    if self.ledger is not ledger or self.head[1] != self.seen:
+                        return MISSING
+                    if (
+                        fixed
+                        and ledger.rows.get(key) == row
+                        and key not in self.inmem
+                        and key not in self._hands.left
+                        and not self._hands.held
+                        and self.eviction.total + size <= self.available
+                    ):
+                        self._enter_fixed(key, value, size, 0)
+                        taken = True
+                    else:
+                        taken = self._take_in(key, Entry(*where), value, size, digest, 0, False)
+                    threads.pop(key, None)  # before anybody else gets the lock
+                except BaseException as error:
+                    self.__exit__(type(error))
+                    raise
         finally:
             if self._loads.waiting or not taken:
-                if key in threads and threads[key] is me:
-                    threads.pop(key, None)  # with no call before: interrupts come with calls
+                try:  # with no call before: interrupts come with calls
+                    if threads[key] is me:
+                        threads.pop(key, None)
+                except KeyError:
+                    pass  # it was taken out
                 with self.lock:
                     self._loads.tell()
         return value if taken else MISSING

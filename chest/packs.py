@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from io import FileIO
 from itertools import accumulate
@@ -120,6 +120,12 @@ class Packs:
     def forget(self, name: str) -> None:
         """Open a pack anew for the next reading: another one may have its name by now."""
         self._open.pop(name, None)
+
+    def keep(self, names: Container[str]) -> None:
+        """Close all but these, else the disk space of packs that were removed stays taken."""
+        for name in [*self._open]:
+            if name not in names:
+                self.forget(name)
 
     # -- writing; needs the lock of the index ----------------------------------------------------
 

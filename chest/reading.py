@@ -98,6 +98,7 @@ class Reading:
             if isinstance(error, FrameError):
                 raise CorruptIndexError(self.index.path, str(error)) from error
             raise
+        self.packs.keep({name for name, alive in self.ledger.packs.items() if alive})
         if self.serializer.text is None:
             self.serializer.text = self.ledger.serializers.get(self.serializer.name)
 

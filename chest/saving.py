@@ -17,6 +17,7 @@ from chest.loading import Loading
 from chest.packs import MANY, PACKED
 from chest.serialize import UndumpableError
 from chest.staging import STREAM_BYTES, Batch
+from chest.store import Store
 
 logger = logging.getLogger("chest")
 
@@ -211,9 +212,11 @@ class Saving(Loading):
                         self.ledger.add(key)
                         added.append(key)
                 store.commit(batch)
-                self._look(store)
-                for key in keys:
-                    self._forget(key)
+                try:
+                    self._forget_all(store, keys)
+                except BaseException:  # an interrupt: what is in memory is history all the same
+                    self._forget_all(store, keys)
+                    raise
                 store.tidy()
                 self._look(store)
         except BaseException:
@@ -221,6 +224,11 @@ class Saving(Loading):
                 if self.ledger.rows.get(key, 0) < 0:
                     self.ledger.delete(key)
             raise
+
+    def _forget_all(self, store: Store, keys: Iterable[Any]) -> None:
+        self._look(store)
+        for key in keys:
+            self._forget(key)
 
     def file_of(self, key: Hashable) -> str:
         """Return the path of the file of a key; a value in a pack gets one now.

@@ -73,7 +73,8 @@ class Spilling(Saving):
             eviction.enroll(key, size)
             return True
         except BaseException as error:
-            self.__exit__(type(error))
+            if self.lock._is_owned():  # type: ignore[attr-defined]  # as Condition asks it
+                self.__exit__(type(error))
             raise
         finally:
             try:  # noqa: SIM105 -- no call before: interrupts come with calls

@@ -356,5 +356,7 @@ class Store(Upkeep):
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
+        os.utime(target)  # else an old file would pass for one that somebody abandoned
     except OSError:
+        remove_quietly(target)
         shutil.copyfile(source, target)

@@ -115,6 +115,8 @@ class Upkeep(Reading, ABC):
 
     def _repack(self, names: set[str]) -> None:
         batch = Batch(self.directory)
+        for name in names:
+            self.packs.forget(name)  # another one may have the name by now
         rows = self.ledger.packed_in(names)
         entries = sorted((self.ledger.entry(row), n) for n, (_, row) in enumerate(rows))
         try:

@@ -1846,3 +1846,116 @@ def test_the_judge_of_histories_tells_right_from_wrong(operations, sound):
     else:
         with pytest.raises(AssertionError):
             history.check("k")
+
+
+# -- two handles, and threads, at moments of their own ---------------------------------------------
+
+
+def test_what_leaves_a_hand_is_held_until_it_is_looked_at(path):
+    """A thread stops as it takes the next value in hand, until the one before is spilled."""
+    had, compared, between, go_on = (threading.Event() for _ in range(4))
+
+    class Passing(dict):
+        def pop(self, *args):
+            between.set()
+            assert go_on.wait(10)
+            return super().pop(*args)
+
+    with Chest({"a": [1], "b": [2]}, path) as c:
+        c.flush()
+        memory = c._memory
+        memory._hands.empty()
+        memory._hands._passing = Passing()
+        must_write = memory._must_write
+
+        def compare(key):
+            found = must_write(key)
+            compared.set()
+            assert between.wait(10)
+            return found
+
+        memory._must_write = compare
+
+        def change():
+            value = c["a"]
+            had.set()
+            assert compared.wait(10)
+            value.append("change")
+            c["b"]
+
+        with ThreadPoolExecutor(1) as pool:
+            changing = pool.submit(change)
+            assert had.wait(10)
+            c.move_to_disk("a")
+            go_on.set()
+            changing.result(10)
+        del memory._must_write
+        assert c["a"] == [1, "change"]
+
+
+def test_who_is_interrupted_while_it_waits_for_the_lock_disturbs_nobody(path):
+    class Interrupted:
+        """The lock of a chest that another thread has, where Ctrl-C is pressed."""
+
+        def __init__(self, lock):
+            self.lock = lock
+
+        def acquire(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return getattr(self.lock, name)
+
+    with Chest({"n": 0}, path) as c:
+        lock = c.lock
+        held, leave = threading.Event(), threading.Event()
+
+        def hold():
+            with lock:
+                held.set()
+                assert leave.wait(10)
+
+        with ThreadPoolExecutor(1) as pool:
+            holding = pool.submit(hold)
+            assert held.wait(10)
+            c._memory.lock = Interrupted(lock)
+            with pytest.raises(KeyboardInterrupt):
+                c["small"] = 1
+            c._memory.lock = lock
+            assert not c._memory._torn
+            leave.set()
+            holding.result(10)
+        assert dict(c) == {"n": 0}
+
+
+class Slow:
+    """Takes its time to be pickled once there is something to wait for."""
+
+    waits: list[Any] = []
+
+    def __init__(self, number):
+        self.number = number
+
+    def __reduce__(self):
+        for pickling, go_on in self.waits:
+            pickling.set()
+            assert go_on.wait(10)
+        return Slow, (self.number,)
+
+
+def test_no_thread_gets_what_was_replaced_while_another_one_takes_in_the_news(path, monkeypatch):
+    with Chest(path=path) as c, Chest(path=path) as other, ThreadPoolExecutor(1) as pool:
+        c.update(slow=Slow(1), replaced="old", deleted="old")
+        c.flush()
+        other.update(slow=Slow(2), replaced="new")
+        del other["deleted"]
+        other.flush()
+        pickling, go_on = threading.Event(), threading.Event()
+        monkeypatch.setattr(Slow, "waits", [(pickling, go_on)])
+        looking = pool.submit(len, c)
+        assert pickling.wait(10)
+        assert "deleted" not in c
+        assert not c._memory.quick[2].keys() & {"replaced", "deleted"}, "hits find what was there"
+        go_on.set()
+        assert looking.result(10) == 2
+        assert c["slow"].number == 2

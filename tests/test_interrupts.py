@@ -40,6 +40,7 @@ import pytest
 import chest.store
 import chest.upkeep
 from chest import Chest
+from chest.eviction import Eviction
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -1249,3 +1250,39 @@ def test_an_interrupt_around_a_transaction_locks_nobody_out_while_its_traceback_
         assert c["n"] == before + 1
     assert len(tried) > 20
     assert any(place.endswith(" __enter__") and place.startswith("blocks.py") for place in tried)
+
+
+def test_an_update_that_is_interrupted_after_its_commit_leaves_no_old_value_in_memory(path):
+    with Chest({"a": "old", "b": "old"}, path) as c, Chest({"a": "new", "b": "new"}) as new:
+        c.flush()
+        new.flush()
+        with pytest.raises(KeyboardInterrupt), interrupted_after("pop", "_forget"):
+            c.update(new)
+        assert dict(c) == {"a": "new", "b": "new"}
+        c["a"] = "newer"
+        c.flush()  # which removes the old files
+        c._check()
+
+
+def test_a_deletion_that_is_interrupted_as_it_looks_at_what_was_in_hand(path, monkeypatch):
+    with Chest({"a": [1], "b": [2], "c": 3}, path) as c:
+        value = c["a"]
+        c.move_to_disk("a")
+        value.append("change")
+        with ThreadPoolExecutor(1) as pool, c.lock:
+            c["b"]
+            c._memory._hands.owed.append(("a", value))
+            pool.submit(int).result()
+        enroll = Eviction.enroll
+
+        def interrupted(self, *args):
+            monkeypatch.setattr(Eviction, "enroll", enroll)
+            raise KeyboardInterrupt
+
+        c._memory._forget("a")
+        c._memory._hands.left["a"] = lambda: value
+        monkeypatch.setattr(Eviction, "enroll", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            del c["c"]
+        assert dict(c) == {"a": [1, "change"], "b": [2], "c": 3}
+        c._check()

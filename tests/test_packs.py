@@ -1495,3 +1495,25 @@ def test_a_byte_that_changes_while_its_pack_is_open_is_told(path, at):
         with pytest.raises(CorruptValueError):
             c["k7"]
         assert c["k8"] == "value 8"
+
+
+def test_a_pack_whose_name_was_used_again_is_not_copied_from_the_old_one(path, monkeypatch):
+    monkeypatch.setattr(chest.upkeep, "WASTE", 10_000)
+    new = {n: f"new{n:04}" * 100 for n in range(200)}
+    with Chest({n: f"old{n:04}" * 100 for n in range(200)}, path) as first:
+        first.flush()
+        with Chest(path=path, available_memory=0) as c:
+            assert c[0] == first[0]  # the pack is open
+            first.clear()
+            first.flush()
+            with Chest(path=path) as other:
+                other.update(new)
+                other.flush()
+                assert ".pack-1" in os.listdir(path)
+            for n in range(150):
+                del c[n]
+                del new[n]
+            c.flush()
+            assert dict(c) == dict(first) == new
+    with Chest(path=path) as again:
+        assert dict(again) == new

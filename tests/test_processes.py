@@ -1311,6 +1311,47 @@ def test_a_chest_that_is_collected_while_another_takes_the_lock_waits_its_turn(
     a.close()
 
 
+def test_a_key_that_goes_while_a_chest_takes_the_last_is_passed_over(path, monkeypatch):
+    with Chest({"x": 1, "y": 2}, path) as c:
+        c.flush()
+        with Chest(path=path) as other:
+            sort = chest.ledger.Ledger.sort
+
+            def sort_and_delete(ledger):
+                sort(ledger)
+                if ledger is other._memory.ledger:
+                    monkeypatch.setattr(chest.ledger.Ledger, "sort", sort)
+                    del c["y"]
+                    c.flush()
+
+            monkeypatch.setattr(chest.ledger.Ledger, "sort", sort_and_delete)
+            assert other.popitem() == ("x", 1)
+            with pytest.raises(KeyError, match="empty"):
+                other.popitem()
+
+
+def test_a_chest_is_copied_however_old_its_files_are(path, tmp_path):
+    with Chest({"x": [1], ("y", 1): [2]}, path) as c:
+        c.flush()
+        for key in c:
+            os.utime(c.key_to_filename(key), (0, 0))
+        with c.copy() as copied, Chest(path=tmp_path / "other") as other:
+            other.update(c)
+            assert dict(copied) == dict(other) == dict(c)
+
+
+def test_who_only_reads_keeps_no_pack_open_that_is_gone(path, monkeypatch):
+    monkeypatch.setattr(chest.store, "PACK_BYTES", 1 << 16)
+    monkeypatch.setattr(chest.upkeep, "WASTE", 1 << 16)
+    with Chest(path=path) as c, Chest(path=path, available_memory=1e4) as reader:
+        for turn in range(20):
+            c.update({n: bytes([turn]) * 1500 for n in range(100)})
+            c.flush()
+            assert [*reader.values()] == [bytes([turn]) * 1500] * 100
+            gone = reader._memory.store.packs._open.keys() - {*os.listdir(path)}
+            assert not gone
+
+
 # -- processes that are killed -------------------------------------------------------------------
 
 LOCATION = os.path.dirname(chest.__file__) + os.sep
@@ -1565,9 +1606,7 @@ def test_who_is_killed_while_it_makes_a_chest_is_in_nobodys_way(tmp_path):
 
 @needs_fork
 @pytest.mark.parametrize("compacted", [False, True])
-def test_what_another_process_dropped_is_empty_for_readers(
-    path, elsewhere, monkeypatch, compacted
-):
+def test_what_another_process_dropped_is_empty_for_readers(path, elsewhere, monkeypatch, compacted):
     monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0 if compacted else 1000)
     with Chest(path=path, available_memory=0) as c:
         c["x"] = [1]

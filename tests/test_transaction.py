@@ -1567,6 +1567,16 @@ def test_a_block_that_nobody_will_leave_is_taken_back(chest_at, path):
     assert goes_on(path, c, start())
 
 
+def test_a_block_that_was_entered_before_says_so(chest_at):
+    c = chest_at()
+    block = c.transaction()
+    with block:
+        c["x"] = 1
+    with pytest.raises(RuntimeError, match="entered before"), block:
+        c["x"] = 2
+    assert c == {"x": 1}
+
+
 def test_a_block_that_was_never_entered_does_nothing(chest_at):
     c, other = chest_at(start()), chest_at()
     block = c.transaction()
