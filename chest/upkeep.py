@@ -15,7 +15,7 @@ from chest.filenames import is_safe_filename, pack_number
 from chest.ledger import Ledger
 from chest.options import Options
 from chest.reading import Reading
-from chest.serialize import Serializer
+from chest.serialize import Serializer, digest_bytes
 from chest.staging import Batch
 
 logger = logging.getLogger("chest")
@@ -115,8 +115,6 @@ class Upkeep(Reading, ABC):
 
     def _repack(self, names: set[str]) -> None:
         batch = Batch(self.directory)
-        for name in names:
-            self.packs.forget(name)  # another one may have the name by now
         rows = self.ledger.packed_in(names)
         entries = sorted((self.ledger.entry(row), n) for n, (_, row) in enumerate(rows))
         try:
@@ -136,8 +134,13 @@ class Upkeep(Reading, ABC):
         self._remove_dead_packs()
 
     def _read_or_nothing(self, entry: Entry) -> bytes:
+        name, place, length, digest = entry
         try:
-            return self.packs.read(*entry[:3])
+            data = self.packs.read(name, place, length)
+            if digest_bytes(data) == digest:
+                return data
+            self.packs.forget(name)  # another one may have the name by now
+            return self.packs.read(name, place, length)
         except FileNotFoundError:
             return b""
 

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+import chest
 from chest import Chest, eviction
 from chest.eviction import COHORT_BYTES, COHORT_MEMBERS, LARGE, MARKS_SLACK, Eviction
 
@@ -458,6 +459,18 @@ def test_what_was_set_stays_while_others_are_read_once():
         for n in range(50):
             c["read", n]
         assert {("set", n) for n in range(8)} <= c.inmem.keys()
+
+
+def test_a_pass_over_thousands_of_packed_values_leaves_those_in_use_resident(path):
+    values = {n: ("value", n) for n in range(5050)}
+    with Chest(values, path):
+        pass
+    with Chest(path=path, available_memory=100 * chest.nbytes(values[0])) as c:
+        for n in [*range(50)] * 3:
+            c[n]
+        for n in range(50, 5050):
+            c[n]
+        assert sum(n in c.inmem for n in range(50)) > 40
 
 
 def test_what_is_read_twice_in_a_row_stays_longer_than_what_is_read_once():

@@ -30,6 +30,7 @@ from chest.directory import Directory
 from chest.index import Index
 from chest.memory import Memory
 from chest.packs import Packs, write_all
+from chest.store import Store
 
 ROOT = Path(chest.__file__).parent.parent
 AGES_AGO = (0, 0)
@@ -460,6 +461,40 @@ def test_packs_that_are_copied_neither_spread_damage_nor_hide_it(
             del c[key]
         c.write_keys()
         check(c)
+
+
+@pytest.mark.parametrize("open_before", [False, True])
+def test_a_pack_that_goes_just_before_it_is_copied_costs_its_own_values(
+    two_packs, tight, monkeypatch, open_before, caplog
+):
+    real = Store._repack
+
+    def repack(self, names):
+        assert names == {".pack-1", ".pack-2"}
+        remove(c)
+        real(self, names)
+
+    monkeypatch.setattr(Store, "_repack", repack)
+    monkeypatch.setattr(chest.upkeep, "WASTE", 1)
+    kept = small(3) | small(3, 64)
+    with Chest(path=two_packs) as c:
+        if open_before:  # then it can still be read
+            c["k60"]
+        for key in {*c} - {*kept}:
+            del c[key]
+        c.write_keys()
+        assert packs(two_packs) == [".pack-3"]
+        assert caplog.text == ""
+        for key, value in kept.items():
+            if open_before or key not in small(3):
+                assert c[key] == value
+                continue
+            with pytest.raises(CorruptValueError) as caught:
+                c[key]
+            found = caught.value.key, caught.value.path
+            assert found == (key, os.path.join(two_packs, ".pack-1"))
+            c[key] = value
+    assert read_back(two_packs) == kept
 
 
 # -- room on disk ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pickle
+import tracemalloc
 from functools import partial
 from io import FileIO
 from types import SimpleNamespace
@@ -242,6 +243,18 @@ def test_the_streams_that_wait_in_memory_are_few(path, monkeypatch):
         assert len(batch.packs) == 1
         assert sorted(batch.keys()) == [*range(200)]
         batch.discard()
+
+
+def test_values_that_are_larger_than_they_say_are_not_dumped_all_at_once(path):
+    with Chest(path=path, nbytes=lambda value: 1) as c:
+        c.update(dict.fromkeys(range(400), bytes(250_000)))  # 100 MB to write
+        tracemalloc.start()
+        try:
+            c.flush()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 40e6
 
 
 def test_a_pack_is_full_at_its_size_and_the_next_values_open_another(path, monkeypatch):

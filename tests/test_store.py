@@ -911,6 +911,34 @@ def test_of_two_handles_that_write_one_key_the_last_wins(path):
         assert len(files(path)) == 1
 
 
+def order(*chests):
+    """The order of the keys, which is the same in all chests."""
+    orders = [[key for key in c if key != "filler"] for c in chests]
+    assert orders == orders[:1] * len(chests)
+    return orders[0]
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [
+    pytest.param(3, 3, id="files"),
+    pytest.param(64, 64, id="packs"),
+    pytest.param(3, 64, id="files first"),
+])
+def test_keys_that_two_handles_set_before_either_flushed_have_one_order(path, often, mine, theirs):
+    expected = [(who, n) for n in range(64) for who in ("mine", "theirs")]
+    expected = [(who, n) for who, n in expected if n < {"mine": mine, "theirs": theirs}[who]]
+    with Chest(path=path) as c, Chest(path=path) as other:
+        c.update({("mine", n): n for n in range(mine)})
+        other.update({("theirs", n): n for n in range(theirs)})
+        c.flush()
+        other.flush()
+        with Chest(path=path) as third:
+            assert order(c, other, third) == expected
+        for handle in (c, other):
+            compact(handle)
+            with Chest(path=path) as third:
+                assert order(c, other, third) == expected
+
+
 def nothing(c):
     c["k"]
 

@@ -1548,13 +1548,8 @@ def test_a_temporary_chest_goes_though_a_transaction_does_not_end(tmp_path, what
     assert os.listdir(tmp_path) == []
 
 
-def test_a_block_that_nobody_will_leave_is_taken_back(chest_at, path):
-    c = chest_at(start(), available_memory=0)
-    block = c.transaction()
-    block.__enter__()
-    much(c, None)
-    del block
-    assert goes_on(path, c, start())
+def suspended(c):
+    """A list of a generator alone, which is suspended inside a transaction."""
 
     def work():
         with c.transaction():
@@ -1563,8 +1558,83 @@ def test_a_block_that_nobody_will_leave_is_taken_back(chest_at, path):
 
     generator = work()
     next(generator)
-    del generator
+    return [generator]
+
+
+@pytest.fixture
+def collect_at(monkeypatch):
+    """Empty a list when a method is called next, as if garbage were collected just there."""
+
+    def prepare(garbage, owner, name):
+        real = getattr(owner, name)
+
+        def collect_first(*args, **options):
+            garbage.clear()
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, collect_first)
+
+    return prepare
+
+
+def waits_for_others(path, c):
+    with Chest(path=path) as other, inside_elsewhere(other):
+        with pytest.raises(TimeoutError), c.transaction(timeout=0):
+            raise AssertionError("this must not be reached")
+    return True
+
+
+def test_a_block_that_nobody_will_leave_is_taken_back(chest_at, path):
+    c = chest_at(start(), available_memory=0)
+    block = c.transaction()
+    block.__enter__()
+    much(c, None)
+    del block
     assert goes_on(path, c, start())
+    suspended(c).clear()
+    assert goes_on(path, c, start())
+
+
+@pytest.mark.parametrize(("owner", "name"), [
+    (Index, "_lock"),
+    (Store, "_plan"),
+    (Store, "_write"),
+    (Index, "publish"),
+    (Store, "tidy"),
+])
+def test_so_it_is_when_collected_amid_the_commit_of_another_chest(
+    chest_at, path, tmp_path, collect_at, owner, name
+):
+    c = chest_at(start(), available_memory=0)
+    with Chest(path=tmp_path / "another") as another:
+        garbage = suspended(c)
+        collect_at(garbage, owner, name)
+        another["x"] = [1]
+        another.flush()
+        assert not garbage
+        another._check()
+        assert read_back(another.path) == {"x": [1]}
+        assert waits_for_others(another.path, another)
+    assert goes_on(path, c, start())
+    assert waits_for_others(path, c)
+
+
+@pytest.mark.parametrize(("budget", "act", "owner", "name"), [
+    (0, lambda c: c["z"], Store, "read"),
+    (0, lambda c: [*c.items()], Memory, "_take_in"),
+    (1e9, Chest.flush, Memory, "_stage"),
+])
+def test_and_when_collected_amid_what_the_same_chest_does(
+    chest_at, path, collect_at, budget, act, owner, name
+):
+    c = chest_at(start(), available_memory=budget)
+    garbage = suspended(c)
+    collect_at(garbage, owner, name)
+    with suppress(KeyError, RuntimeError):  # what was to be written is taken back
+        act(c)
+    assert not garbage
+    assert goes_on(path, c, start())
+    assert waits_for_others(path, c)
 
 
 def test_a_block_that_was_entered_before_says_so(chest_at):
