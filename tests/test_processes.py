@@ -1512,12 +1512,12 @@ def test_a_child_that_lives_on_keeps_no_lock_of_a_parent_that_was_killed(fresh, 
     """Forked at any step of what its parent does, just before that is killed."""
     path = fresh()
     steps = count_steps(action, lambda: Chest(path=path))
-    read_end, write_end = os.pipe()
     ready_end, told_end = os.pipe()
     for step in sample(steps, 700 if action is compact else 60):
         path = fresh()
+        read_end, write_end = os.pipe()
 
-        def act(path=path, step=step):
+        def act(path=path, step=step, read_end=read_end, write_end=write_end):
             def fork_and_die(now):
                 if now != step:
                     return
@@ -1525,7 +1525,7 @@ def test_a_child_that_lives_on_keeps_no_lock_of_a_parent_that_was_killed(fresh, 
                     sys.settrace(None)
                     os.close(write_end)
                     os.write(told_end, b"x")
-                    os.read(read_end, 1)  # until the test is over
+                    os.read(read_end, 1)  # until somebody else has written
                     os._exit(0)
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -1536,8 +1536,10 @@ def test_a_child_that_lives_on_keeps_no_lock_of_a_parent_that_was_killed(fresh, 
             killed = was_killed(pid, step, steps)
         assert not killed or os.read(ready_end, 1) == b"x"
         assert found_after(path) in (BEFORE, AFTER[action]), step
-    for end in read_end, write_end, ready_end, told_end:
-        os.close(end)
+        os.close(read_end)
+        os.close(write_end)  # one child at a time: each has the memory of this process
+    os.close(ready_end)
+    os.close(told_end)
 
 
 @needs_fork
