@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import io
 import itertools
 import mmap
 import os
@@ -405,7 +406,7 @@ class PickleLog(System):
     lasts = False
 
     def open(self):
-        self.log = open(self.file("log"), "w+b", buffering=1 << 20)  # noqa: SIM115 -- read later
+        self.log = io.BufferedRandom(io.FileIO(self.file("log"), "w+"), 1 << 20)
         self.places = {}
         self.end = 0
         return self

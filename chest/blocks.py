@@ -56,7 +56,7 @@ def block(steps: Callable[P, Steps]) -> Callable[P, Block]:
     """Make a generator function one whose calls stand in ``with`` statements."""
 
     @wraps(steps)
-    def begin(*args: P.args, **kwargs: P.kwargs) -> Block:
+    def _begin(*args: P.args, **kwargs: P.kwargs) -> Block:
         return Block(steps(*args, **kwargs))
 
-    return begin
+    return _begin

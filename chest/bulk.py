@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from itertools import islice, repeat
 from operator import sub
 from queue import SimpleQueue
@@ -37,15 +38,17 @@ def stream(memory: Memory, keys: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     while window := list(islice(keys, WINDOW)):
         seen, ledger = memory.seen, memory.ledger
         values = _read_ahead(memory, ledger, window)
-        for key, value in zip(window, values, strict=True):
+        for key, ahead in zip(window, values, strict=True):
             # Without a commit it is neither deleted, nor set, nor is there a transaction.
             same = memory.ledger is ledger and memory.head[1] == memory.seen == seen
-            if value is MISSING or not same or key not in ledger.rows or key in memory.inmem:
+            if ahead is MISSING or not same or key not in ledger.rows or key in memory.inmem:
                 try:
-                    value = memory.peek(key)  # noqa: PLW2901 -- the one that counts
+                    current = memory.peek(key)
                 except KeyError:
                     continue
-            yield key, value
+                yield key, current
+            else:
+                yield key, ahead
 
 
 def _read_ahead(memory: Memory, ledger: Ledger, keys: list[Any]) -> list[Any]:
@@ -90,7 +93,7 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
         If there is no such key.
     """
     wanted = _fitting(memory, keys)
-    if memory.lock._is_owned():  # type: ignore[attr-defined]  # threads would wait for this one
+    if memory.holds_lock():  # threads would wait for this one
         for key, _ in wanted:
             memory.fetch(key, uses=1)
         return
@@ -120,19 +123,11 @@ def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
     """
     todo: SimpleQueue[tuple[Any, Entry] | None] = SimpleQueue()
     done: SimpleQueue[tuple[Any, Entry, Any]] = SimpleQueue()
-    read = memory.store.read
-
-    def work() -> None:
-        while job := todo.get():
-            try:
-                done.put((*job, read(*job)))
-            except BaseException as error:  # noqa: BLE001 -- who asked raises it
-                done.put((*job, error))
-
+    work = partial(_read_each, memory.store.read, todo, done)
     threads = [Thread(target=work, daemon=True) for _ in range(min(THREADS, len(wanted)))]
     for thread in threads:
         thread.start()
-    jobs, failed = iter(wanted), None
+    jobs = iter(wanted)
     try:
         for job in islice(jobs, 4 * THREADS):
             todo.put(job)
@@ -140,18 +135,19 @@ def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
             key, entry, found = done.get()
             todo.put(next(jobs, None))
             _take(memory, key, entry, found)
-    except Exception as error:  # noqa: BLE001 -- raised below, when the threads have ended
-        failed = error
     finally:
         for _ in threads:
             todo.put(None)
-    for thread in threads:
-        thread.join()
-    if failed is not None:
+        for thread in threads:
+            thread.join()
+
+
+def _read_each(read: Callable[..., Any], todo: SimpleQueue[Any], done: SimpleQueue[Any]) -> None:
+    while job := todo.get():
         try:
-            raise failed
-        finally:
-            failed = None  # else it and this frame would keep each other
+            done.put((*job, read(*job)))
+        except BaseException as error:  # noqa: BLE001 -- the thread that asked raises it
+            done.put((*job, error))
 
 
 def _take(memory: Memory, key: Any, entry: Entry, found: Any) -> None:

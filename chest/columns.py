@@ -274,7 +274,7 @@ def _keys(plain: list[Any], pickled: list[bytes]) -> Keys:
 def _has_nan(key: Any) -> bool:
     if type(key) is tuple or type(key) is frozenset:
         return any(map(_has_nan, key))
-    return type(key) is float and key != key  # noqa: PLR0124 -- only a nan is not itself
+    return type(key) is float and math.isnan(key)
 
 
 def _with_one_nan(key: Any) -> Any:

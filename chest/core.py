@@ -184,7 +184,8 @@ class Chest(MutableMapping[K, V]):
                 mark(key)
                 return value
         del head  # the traceback of what is raised from here on shall not keep the map open
-        return self._memory.get(key)  # type: ignore[no-any-return]  # what was set is a V
+        found: V = self._memory.get(key)
+        return found
 
     def __setitem__(self, key: K, value: V) -> None:
         self._memory.set(key, value)
@@ -379,7 +380,7 @@ class Chest(MutableMapping[K, V]):
                 return False
         return True
 
-    __hash__ = None  # type: ignore[assignment]  # changeable, as a dict
+    __hash__ = None  # type: ignore[assignment]  # unhashable as a dict; object's is a method
 
     # -- views -----------------------------------------------------------------------------------
 
@@ -628,7 +629,8 @@ def _pairs(other: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(other, Mapping):
         return other.items()
     if hasattr(other, "keys"):
-        return ((key, other[key]) for key in other.keys())  # noqa: SIM118 -- not iterable itself
+        keys = other.keys()  # a mapping of somebody's own need not be iterable itself
+        return ((key, other[key]) for key in keys)
     return ((key, value) for key, value in other)
 
 

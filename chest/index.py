@@ -281,9 +281,9 @@ class Index:
 
     def _read(self, start: int, end: int) -> list[bytes]:
         data = self._bytes(start, end)
-        payloads, reached = [], 0
-        for reached, payload in split_frames(data):  # noqa: B007 -- used after the loop
-            payloads.append(payload)
+        frames = [*split_frames(data)]
+        payloads = [payload for _, payload in frames]
+        reached = frames[-1][0] if frames else 0
         if reached != end - start:
             self._frames += len(payloads)
             raise self._damage(f"the frame at byte {start + reached} is not as written")

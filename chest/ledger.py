@@ -492,9 +492,10 @@ class Ledger:
         if every == every.lower():
             return
         for name in names:
-            while name and name != name.lower():
-                self.folded.add(name.lower())
-                name = name.rpartition("/")[0]  # noqa: PLW2901 -- the folder above
+            way = name
+            while way and way != way.lower():
+                self.folded.add(way.lower())
+                way = way.rpartition("/")[0]
 
     def check(self) -> None:
         """Assert every invariant."""

@@ -221,7 +221,7 @@ class Loading(Changes):
         would let go of a lock that somebody relies on. So does one that is reading already, in
         whose `load` this happens: the other may be waiting for it in turn.
         """
-        locked = self.lock._is_owned()  # type: ignore[attr-defined]  # as Condition asks it
+        locked = self.holds_lock()
         with self.lock, self:
             nested = locked or me in self._loads.threads.copy().values()
             while True:

@@ -31,6 +31,11 @@ class Loads:
         self._lock = lock
         self._ended = threading.Condition(lock)
 
+    def holds_lock(self) -> bool:
+        """Tell whether this thread has the lock of the chest, in the way that a Condition asks."""
+        held: bool = self._lock._is_owned()
+        return held
+
     def wait(self) -> None:
         """Wait for the end of another load; needs the lock."""
         self.waiting += 1
@@ -38,7 +43,7 @@ class Loads:
             self._ended.wait(LOST)  # an interrupt may have come before it was told
         finally:
             # An interrupt in the condition may have come while it had let go of the lock.
-            if not self._lock._is_owned():
+            if not self.holds_lock():
                 self._lock.acquire()
             self.waiting -= 1
 

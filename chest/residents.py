@@ -95,6 +95,10 @@ class Residents(ABC):
         self.lock = threading.RLock()
         self._loads = Loads(self.lock)
 
+    def holds_lock(self) -> bool:
+        """Tell whether this thread has the lock."""
+        return self._loads.holds_lock()
+
     def _start(self) -> None:
         """Hold nothing in memory, and know nothing of the directory yet."""
         self.readonly = self.options.readonly

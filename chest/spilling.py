@@ -73,7 +73,7 @@ class Spilling(Saving):
             eviction.enroll(key, size)
             return True
         except BaseException as error:
-            if self.lock._is_owned():  # type: ignore[attr-defined]  # as Condition asks it
+            if self.holds_lock():
                 self.__exit__(type(error))
             raise
         finally:
