@@ -271,10 +271,11 @@ class Chest(MutableMapping[K, V]):
         except KeyError:
             with self.lock:
                 try:
-                    return self[key]  # set meanwhile
+                    if key in self:
+                        return self[key]  # set meanwhile
                 except KeyError:
                     if key in self:
-                        raise  # a hook raised it
+                        raise  # a hook raised it, not another process that deleted the key
                 self[key] = default
                 return default
 
