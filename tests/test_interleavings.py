@@ -1855,17 +1855,19 @@ def test_what_leaves_a_hand_is_held_until_it_is_looked_at(path):
     """A thread stops as it takes the next value in hand, until the one before is spilled."""
     had, compared, between, go_on = (threading.Event() for _ in range(4))
 
-    class Passing(dict):
-        def pop(self, *args):
-            between.set()
-            assert go_on.wait(10)
-            return super().pop(*args)
+    class Left(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            if threading.current_thread() is not threading.main_thread() and found:
+                between.set()
+                assert go_on.wait(10)
+            return found
 
     with Chest({"a": [1], "b": [2]}, path) as c:
         c.flush()
         memory = c._memory
         memory._hands.empty()
-        memory._hands._passing = Passing()
+        memory._hands.left = Left()
         must_write = memory._must_write
 
         def compare(key):
