@@ -117,10 +117,12 @@ class Block:
         self.serials: Sequence[int]
         if isinstance(serials, int):
             self.serials = range(serials, serials + n)
-            if not 0 <= serials <= SERIALS - n:
-                raise FrameError(f"it has {serials} as a serial")
+            lowest, highest = serials, serials + n - 1
         else:
             self.serials = _unpack(serials)
+            lowest, highest = 0, max(self.serials, default=0)
+        if lowest < 0 or highest >= SERIALS:
+            raise FrameError(f"it has {lowest} to {highest} as serials")
         if not isinstance(places, int):
             self.places = _unpack(places)
         elif isinstance(files, str):  # end to end

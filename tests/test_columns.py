@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chest.columns import (
+    SERIALS,
     Entry,
     FrameError,
     Keys,
@@ -119,11 +120,12 @@ plain_keys = st.recursive(
     max_leaves=6,
 )
 words = st.integers(0, BIG)
+serials = st.integers(0, SERIALS - 1)
 lengths = st.integers(1, BIG)  # of values in packs: dead packs are those of no length
 
 
 @settings(max_examples=40, deadline=None, database=None)
-@given(st.lists(st.tuples(plain_keys, words, st.text(), words, words), min_size=1, max_size=6))
+@given(st.lists(st.tuples(plain_keys, serials, st.text(), words, words), min_size=1, max_size=6))
 def test_any_plain_keys_and_numbers_come_back(rows):
     found = only_block(encode(put(*((k, n, Entry(f, 0, *ints)) for k, n, f, *ints in rows))))
     assert found.keys == Keys([key for key, *_ in rows], [])
@@ -134,11 +136,19 @@ def test_any_plain_keys_and_numbers_come_back(rows):
 
 
 @settings(max_examples=40, deadline=None, database=None)
-@given(st.lists(st.tuples(plain_keys, words, words, lengths, words), min_size=1, max_size=6))
+@given(st.lists(st.tuples(plain_keys, serials, words, lengths, words), min_size=1, max_size=6))
 def test_any_plain_keys_and_numbers_come_back_from_a_pack(rows):
     found = only_block(encode(put_in_pack(*rows)))
     assert rows_of(found) == [(key, n, ".pack-7", *numbers) for key, n, *numbers in rows]
     assert [*map(type, found.keys.plain)] == [type(key) for key, *_ in rows]
+
+
+@pytest.mark.parametrize("others", [[], [5], [SERIALS - 1]])
+@pytest.mark.parametrize("serial", [SERIALS, BIG])
+def test_a_serial_that_nobody_can_give_is_refused(serial, others):
+    rows = [(n, n, Entry("x", 0, 1, 1)) for n in [*others, serial]]
+    with pytest.raises(FrameError, match="as serials"):
+        decode(encode(put(*rows)))
 
 
 def test_a_frame_keeps_its_blocks_apart_and_in_order():
