@@ -106,6 +106,10 @@ def split_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
         start = end
 
 
+class _ReplacedError(Exception):
+    """The path leads to another file than a moment ago."""
+
+
 class Index:
     """The log of one chest.
 
@@ -151,7 +155,12 @@ class Index:
         self._open()
 
     def _open(self) -> None:
-        self._adopt(_open_file(self.path, "rb" if self._readonly else "r+b"))
+        while True:
+            try:
+                self._adopt(_open_file(self.path, "rb" if self._readonly else "r+b"))
+                break
+            except _ReplacedError:
+                continue
         self._take_next(None)
 
     def _take_next(self, file: FileIO | None) -> None:
@@ -169,7 +178,7 @@ class Index:
             identity = status.st_dev, status.st_ino
         except BaseException:
             with suppress(OSError):
-                unlock_descriptor(file.fileno())  # the map may keep what `replace` locked
+                unlock_descriptor(file.fileno())  # a child may have it open, too
             file.close()
             raise
         self._next_head = head = memoryview(mapped or bytearray(HEAD)).cast("Q")
@@ -204,17 +213,25 @@ class Index:
         old.close()
 
     def _map_head(self, file: FileIO) -> mmap.mmap:
+        """Map the head of the file by an opening of its own, which nobody locks.
+
+        A map keeps what it was made of open, and with it a lock: also in a child that another
+        thread forks before anybody knows of the map.
+        """
         access = mmap.ACCESS_READ if self._readonly else mmap.ACCESS_WRITE
-        try:
-            return mmap.mmap(file.fileno(), HEAD, access=access)
-        except OSError as error:
-            message = f"{error.strerror}: a chest needs a file system with shared memory maps"
-            raise OSError(error.errno, message, self.path) from error
+        with _open_file(self.path, file.mode) as twin:
+            if not os.path.samestat(os.fstat(twin.fileno()), os.fstat(file.fileno())):
+                raise _ReplacedError
+            try:
+                return mmap.mmap(twin.fileno(), HEAD, access=access)
+            except OSError as error:
+                message = f"{error.strerror}: a chest needs a file system with shared memory maps"
+                raise OSError(error.errno, message, self.path) from error
 
     def close(self) -> None:
         """Close the file; the map goes when nobody looks at it any more."""
         if not self._file.closed and not self._readonly:
-            unlock_descriptor(self._file.fileno())  # the map may keep what an interrupt left locked
+            unlock_descriptor(self._file.fileno())  # an interrupt may have left it locked
         self._file.close()
         _holders.discard(self._entry)
         self.head = memoryview(bytes(HEAD)).cast("Q")

@@ -632,3 +632,22 @@ def test_an_interrupt_just_after_the_replacement_hides_the_new_log_from_nobody(
     assert reader.refresh() == (True, [b"all", b"more"])
     commit(index, b"last")
     assert reader.refresh() == (False, [b"last"])
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_opened_anew(keys, opened, monkeypatch):
+    commit(opened(), b"one")
+    opening, modes = chest.index._open_file, []
+
+    def replace_before_the_second(name, mode):
+        modes.append(mode)
+        if len(modes) == 2:
+            write(keys + "-new", read(keys))
+            os.replace(keys + "-new", keys)
+        return opening(name, mode)
+
+    monkeypatch.setattr(chest.index, "_open_file", replace_before_the_second)
+    index = opened()
+    assert len(modes) == 4
+    assert index.refresh() == (True, [b"one"])
+    commit(index, b"two")
+    assert opened().refresh() == (True, [b"one", b"two"])
