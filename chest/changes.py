@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import operator
 import os
+from abc import abstractmethod
 from collections.abc import Hashable, Iterable
 from itertools import compress, filterfalse
 from typing import Any
 
+from chest.blocks import Steps, block
 from chest.columns import Entry
 from chest.errors import ChestClosedError, ReadOnlyError
 from chest.ledger import UNSAVED
 from chest.residents import MISSING, Residents
 from chest.serialize import SMALL, UndumpableError, changeable, digest_bytes
+from chest.store import Store
 
 STEP = 1024  # values dumped at a time
 
@@ -31,8 +34,11 @@ class Changes(Residents):
         if self._is_publishing():
             return
         with self.lock, self:
+            self._loads.release_what_is_left()
             if self._torn:
                 self._mend()
+            if self._store is not None and not self._store.index.blocks:
+                self._end_left_transaction(self._store)
             if self.head[1] != self.seen and not self.in_transaction:
                 self.store.catch_up()
                 self._absorb()
@@ -91,11 +97,33 @@ class Changes(Residents):
         """
         if self.head[1] != self.seen:
             self.catch_up()
+        if self._loads.unreleased:
+            self._loads.release_what_is_left()
         if self._hands.owed:
             with self:
                 self._settle_owed()
         if self.readonly and action is not None:
             raise ReadOnlyError(str(self.path), action)
+
+    @block
+    def _writing(self) -> Steps:
+        """Hold the lock of the directory."""
+        store = self.store
+        with store.writing():
+            try:
+                yield
+            finally:
+                if store is self._store and store.index.blocks == 1:  # that is this one
+                    self._end_left_transaction(store)
+
+    def _end_left_transaction(self, store: Store) -> None:
+        """Roll back a transaction whose block was left when that could not be done."""
+        if store.index.pinned:
+            self._roll_back(store)
+
+    @abstractmethod
+    def _roll_back(self, store: Store) -> None:
+        """Take back what a transaction did, also in memory."""
 
     # -- in place ----------------------------------------------------------------------------------
 

@@ -130,6 +130,8 @@ class Index:
         The word as of the last `refresh` or `acknowledge`.
     foreign : bool
         The file is not of this format: the index of an old chest, to be replaced.
+    is_locked : bool
+        This index holds the lock.
     publishing : int
         The word that `publish` is about to store or has stored, until `acknowledge`; else -1.
     abandoned : bool
@@ -147,7 +149,8 @@ class Index:
         self.path = path
         self._readonly = readonly
         self._fsync = fsync
-        self._depth = 0
+        self.is_locked = False
+        self._holds: set[object] = set()  # what ends the lock when the last of them is gone
         self._entry = NOBODY
         self.publishing = -1
         self.abandoned = False
@@ -233,6 +236,7 @@ class Index:
         if not self._file.closed and not self._readonly:
             unlock_descriptor(self._file.fileno())  # an interrupt may have left it locked
         self._file.close()
+        self.is_locked = False
         _holders.discard(self._entry)
         self.head = memoryview(bytes(HEAD)).cast("Q")
         self._map = None
@@ -351,20 +355,32 @@ class Index:
             If the file system has no locks; with EDEADLK if another index of this thread holds
             it: to wait would be for ever.
         """
-        depth = self._depth
+        hold = object()
         try:
-            self._depth = depth + 1
-            if depth == 0:
+            self._holds.add(hold)
+            if not self.is_locked:
                 self._lock(timeout)
             yield
         finally:
-            self._depth = depth
-            if depth == 0:
-                try:
-                    self._unlock()
-                except BaseException:  # an interrupt: nobody else could write for ever
-                    self._unlock()
-                    raise
+            try:
+                self._holds.discard(hold)
+            finally:
+                if not self._holds:
+                    self._unlock_surely()
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of `locked` have not ended."""
+        return len(self._holds) - self.pinned
+
+    def pin(self) -> None:
+        """Hold the lock until `release`, whatever blocks end."""
+        self._holds.add(self)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the lock waits for `release`."""
+        return self in self._holds
 
     def held_here(self) -> bool:
         """Tell whether this thread holds the lock, or waits for it, with this or another index."""
@@ -375,11 +391,6 @@ class Index:
         """Tell whether this thread holds the lock of any index, or waits for it."""
         me = threading.get_ident()
         return any(thread == me for thread, _ in _holders.copy())
-
-    @property
-    def is_locked(self) -> bool:
-        """Whether this index holds the lock."""
-        return self._depth > 0
 
     def _lock(self, timeout: float | None) -> None:
         if self.held_here():
@@ -392,6 +403,7 @@ class Index:
                 break
             unlock_descriptor(self._file.fileno())
             self._reopen()
+        self.is_locked = True
         word = _native(self.head[1])
         if word & MOVED and not self.foreign:  # whoever set it died before the replacement
             self.head[1] = _native(word & ~MOVED)
@@ -427,11 +439,19 @@ class Index:
             raise OSError(error.errno, message, self.path) from error
 
     def release(self) -> None:
-        """Let go of the lock, however often it was taken."""
-        self._depth = 0
-        self._unlock()
+        """Let go of the lock, however many blocks hold it."""
+        self._holds.clear()
+        self._unlock_surely()
+
+    def _unlock_surely(self) -> None:
+        try:
+            self._unlock()
+        except BaseException:  # an interrupt: nobody else could write for ever
+            self._unlock()
+            raise
 
     def _unlock(self) -> None:
+        self.is_locked = False
         if not self._file.closed:
             unlock_descriptor(self._file.fileno())
         _holders.discard(self._entry)

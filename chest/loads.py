@@ -23,11 +23,15 @@ class Loads:
         no other: a read within a read, or one that waits for none, is not in here.
     waiting : int
         How many threads wait for what others read.
+    unreleased : list
+        One item for every time that a block ended in another thread than the one that has the lock,
+        which alone can let go of it.
     """
 
     def __init__(self, lock: Any) -> None:
         self.threads: dict[Any, int] = {}
         self.waiting = 0
+        self.unreleased: list[None] = []
         self._lock = lock
         self._ended = threading.Condition(lock)
 
@@ -35,6 +39,17 @@ class Loads:
         """Tell whether this thread has the lock of the chest, in the way that a Condition asks."""
         held: bool = self._lock._is_owned()
         return held
+
+    def take_over(self) -> None:
+        """Have the lock in the place of a thread that ended with it."""
+        count, _ = self._lock._release_save()
+        self._lock._acquire_restore((count, threading.get_ident()))
+
+    def release_what_is_left(self) -> None:
+        """Let go of the lock in the place of blocks that ended in other threads."""
+        while self.unreleased and self.holds_lock():
+            self.unreleased.pop()
+            self._lock.release()
 
     def wait(self) -> None:
         """Wait for the end of another load; needs the lock."""

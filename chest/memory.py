@@ -6,6 +6,7 @@ import errno
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -44,11 +45,13 @@ class Memory(Spilling):
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         with self._lock_until(deadline):
+            if self.head[1] != self.seen:
+                self.catch_up()
             if self.in_transaction:  # part of the one around it
                 yield
                 return
             self.begin("start a transaction")
-            store = self.store
+            store, me = self.store, threading.get_ident()
             left = None if timeout is None else max(deadline - time.monotonic(), 0)
             try:
                 with self, store.writing(left):
@@ -67,30 +70,43 @@ class Memory(Spilling):
                             self._look(store)
                     except BaseException:
                         if store is self._store:
-                            self._roll_back(store)
+                            self._fail(store, me)
                         raise
             finally:
-                self._give_up(store, torn=False)
+                if not store.index.pinned:
+                    self._give_up(store, torn=False)
             self._make_room()
+
+    def _fail(self, store: Store, thread: int) -> None:
+        """Roll back, at once or as soon as it can be done.
+
+        A block that is suspended in a generator is left when somebody collects that as garbage: in
+        the midst of what its thread is doing with the chest, or in another thread.
+        """
+        if thread not in sys._current_frames():
+            self._loads.take_over()
+        if self.holds_lock() and store.index.blocks == 1:
+            self._roll_back(store)
+        else:
+            store.index.pin()
 
     @block
     def _lock_until(self, deadline: float) -> Steps:
-        lock = self.lock
-        if deadline == math.inf:
-            with lock:
-                yield
-            return
+        lock, loads, entered = self.lock, self._loads, False
         seconds = min(max(deadline - time.monotonic(), 0), threading.TIMEOUT_MAX)
         try:
             if not lock.acquire(timeout=seconds):
                 message = "another thread is using the chest, and did not end in time"
                 raise TimeoutError(errno.ETIMEDOUT, message, self.path)
+            entered = True
             yield
         finally:
-            try:  # noqa: SIM105 -- no call before: interrupts come with calls
+            try:
                 lock.release()
-            except RuntimeError:
-                pass  # another thread has it
+            except RuntimeError:  # another thread has it
+                if entered:
+                    loads.unreleased.append(None)
+            loads.release_what_is_left()
 
     def _isolate_and_flush(self) -> None:
         """Isolate, and save what other threads changed in place while the flush before went on."""
@@ -136,6 +152,7 @@ class Memory(Spilling):
                     self._forget(key)
                 del changed[key]
             self._isolate(False)
+            store.index.release()
         except BaseException:
             self._give_up(store, torn=True)
             raise
@@ -152,6 +169,8 @@ class Memory(Spilling):
         return [k for k, value in clean if self._differs(k, value, self.ledger.digest(k))]
 
     def _refuse_in_transaction(self, action: str) -> None:
+        if self.in_transaction:
+            self.catch_up()
         if self.in_transaction:
             raise RuntimeError(f"cannot {action} inside a transaction: leave its block first")
 
@@ -261,7 +280,6 @@ class Memory(Spilling):
         with self._lock_until(time.monotonic() + LAST_WAIT):
             if self.in_transaction and self._store is not None:
                 self._roll_back(self._store)
-                self._store.index.release()
 
     def _close_elsewhere(self) -> bool:
         """Let another thread wait, where garbage is collected in the midst of another's commit.

@@ -146,8 +146,6 @@ class Residents(ABC):
         What `inmem`, `dirty` and the ledger say counts, and each of them is changed in one step;
         all else follows from them.
         """
-        if self._store is not None and not self.in_transaction:
-            self._store.index.release()
         self.ledger.mend()
         rows = self.ledger.rows
         self.inmem = {key: value for key, value in self.inmem.items() if key in rows}

@@ -165,7 +165,7 @@ class Saving(Loading):
         if not batch and not self.ledger.pending:
             return  # nothing could be staged
         store = self.store
-        with store.writing():
+        with self._writing():
             self._absorb()
             # What a hook replaced or deleted meanwhile is history.
             same = all(map(operator.is_, map(self.inmem.get, values), values.values()))
@@ -202,7 +202,7 @@ class Saving(Loading):
         store = self.store
         added: list[Any] = []
         try:
-            with store.writing():
+            with self._writing():
                 self._absorb()
                 if not overwrite:
                     batch.remove(self.ledger.rows.keys() & batch.keys())
@@ -255,7 +255,7 @@ class Saving(Loading):
         store = self.store
         batch = Batch(store.directory)
         try:
-            with store.writing():
+            with self._writing():
                 self._absorb()
                 if self.ledger.is_packed(key):
                     stream = store.stream(key, self.ledger.entry(self.ledger.rows[key]))

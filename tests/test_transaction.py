@@ -1548,15 +1548,15 @@ def test_a_temporary_chest_goes_though_a_transaction_does_not_end(tmp_path, what
     assert os.listdir(tmp_path) == []
 
 
-def suspended(c):
+def suspended(c, work=much):
     """A list of a generator alone, which is suspended inside a transaction."""
 
-    def work():
+    def work_and_wait():
         with c.transaction():
-            much(c, None)
+            work(c, None)
             yield
 
-    generator = work()
+    generator = work_and_wait()
     next(generator)
     return [generator]
 
@@ -1623,6 +1623,12 @@ def test_so_it_is_when_collected_amid_the_commit_of_another_chest(
     (0, lambda c: c["z"], Store, "read"),
     (0, lambda c: [*c.items()], Memory, "_take_in"),
     (1e9, Chest.flush, Memory, "_stage"),
+    (1e9, Chest.flush, Store, "_plan"),
+    (1e9, Chest.flush, Ledger, "encode"),
+    (1e9, Chest.flush, Store, "_write"),
+    (1e9, Chest.flush, Ledger, "committed"),
+    (1e9, Chest.flush, Store, "tidy"),
+    (1e9, lambda c: c.update(twin()), Memory, "_forget_all"),
 ])
 def test_and_when_collected_amid_what_the_same_chest_does(
     chest_at, path, collect_at, budget, act, owner, name
@@ -1632,6 +1638,81 @@ def test_and_when_collected_amid_what_the_same_chest_does(
     collect_at(garbage, owner, name)
     with suppress(KeyError, RuntimeError):  # what was to be written is taken back
         act(c)
+    assert not garbage
+    assert goes_on(path, c, start())
+    assert waits_for_others(path, c)
+
+
+def twin():
+    """Another chest, whose files can be linked."""
+    other = Chest({"x": ["twin"], "new": ["twin"]})
+    other.flush()
+    return other
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_and_when_collected_in_another_thread(chest_at, path, inner):
+    c = chest_at(start(), available_memory=0)
+    outer = c.transaction() if inner else nullcontext()
+    with outer:
+        garbage = suspended(c, nothing if inner else much)
+        with thread(garbage.clear):
+            pass
+        if not inner:
+            assert is_like(c, start())
+
+    def enter():
+        with c.transaction(timeout=1):
+            pass
+
+    with thread(enter):
+        pass
+    assert goes_on(path, c, start())
+    assert waits_for_others(path, c)
+
+
+def test_others_wait_until_the_thread_of_such_a_block_takes_it_back(chest_at, path):
+    c = chest_at(start(), available_memory=0)
+    garbage = suspended(c)
+    with thread(garbage.clear):
+        pass
+
+    def write():
+        with pytest.raises(TimeoutError), Chest(path=path) as other, other.transaction(timeout=0):
+            raise AssertionError("this must not be reached")
+
+    with thread(write):
+        pass
+    assert read_back(path) == start()
+    c.close()
+    assert read_back(path) == start()
+
+
+def test_a_block_whose_thread_has_ended_is_taken_back_by_whoever_collects_it(chest_at, path):
+    c = chest_at(start(), available_memory=0)
+    garbage = []
+    with thread(lambda: garbage.extend(suspended(c))):
+        pass
+    garbage.clear()
+    assert goes_on(path, c, start())
+    assert waits_for_others(path, c)
+
+
+def test_a_commit_during_which_its_transaction_is_collected_in_another_thread(
+    chest_at, path, monkeypatch
+):
+    c = chest_at(start(), available_memory=1e9)
+    garbage = suspended(c)
+    real = Store._write
+
+    def write(self, *args):
+        with thread(garbage.clear):
+            pass
+        return real(self, *args)
+
+    monkeypatch.setattr(Store, "_write", write)
+    c.flush()
+    monkeypatch.undo()
     assert not garbage
     assert goes_on(path, c, start())
     assert waits_for_others(path, c)
