@@ -10,10 +10,12 @@ import os
 import re
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from io import FileIO
 from itertools import count
+from typing import Any, TypeVar
 
 from chest.errors import CorruptIndexError
 from chest.filenames import digest_name, is_safe_filename, pack_number, stays_inside
@@ -23,7 +25,32 @@ ABANDONED = 3600  # seconds after which the staging file of another process is n
 NAME_BYTES = 240  # in UTF-8; leaves room for what makes a name unique
 TRIES = 9
 
+F = TypeVar("F")
+
 _is_staging = re.compile(r"\.new-[0-9a-f]{16}-[0-9]+").fullmatch
+
+
+_staging: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def keep_from_children(file: F) -> F:
+    """Return a file that is being staged, to which a child forked meanwhile writes nothing."""
+    with suppress(TypeError):  # a file of somebody's own that cannot be remembered
+        _staging.add(file)
+    return file
+
+
+def _let_go() -> None:
+    """Let a forked child write nowhere where it would write to its parent's files."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for file in list(_staging):
+        with suppress(ValueError, OSError, AttributeError):  # closed, or no file of the system
+            os.dup2(nowhere, file.fileno())
+    os.close(nowhere)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class Directory:
@@ -59,6 +86,10 @@ class Directory:
     def staging_path(self) -> str:
         """Return the path of a file that does not exist."""
         return self._join(f".new-{self._token}-{next(self._numbers)}")
+
+    def staged(self, path: str) -> bool:
+        """Tell whether a path is one that `staging_path` gave here, not in a forked child."""
+        return path.startswith(self._join(f".new-{self._token}-"))
 
     def name_for(self, key: object) -> str:
         """Return the name that the file of `key` should have."""

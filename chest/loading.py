@@ -223,6 +223,8 @@ class Loading(Changes):
         """
         locked = self.holds_lock()
         with self.lock, self:
+            if self._store is None:  # this is a child that was forked as the value was read
+                self.begin()
             nested = locked or me in self._loads.threads.copy().values()
             while True:
                 if self._torn:

@@ -57,12 +57,14 @@ class Memory(Spilling):
                 with self, store.writing(left):
                     self._absorb()
                     self.flush()
-                    self._isolate_and_flush()
+                    if store is self._store:  # else this is a child that was forked meanwhile
+                        self._isolate_and_flush()
                     try:
-                        store.begin_transaction()
-                        self._look(store)
+                        if store is self._store:
+                            store.begin_transaction()
+                            self._look(store)
                         yield
-                        if store is self._store:  # not in a child that was forked meanwhile
+                        if store is self._store:
                             self.flush()
                             store.end_transaction()
                             self._isolate(False)

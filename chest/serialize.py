@@ -30,6 +30,7 @@ from typing import IO, Any
 
 import xxhash
 
+from chest.directory import keep_from_children
 from chest.streams import HashingReader, HashingWriter
 
 SMALL = 64 * 1024  # bytes; below, a stream is made and read in one piece
@@ -215,8 +216,8 @@ class Serializer:
 
     def _create(self, path: str) -> IO[Any]:
         if self.direct:
-            return builtins.open(path, "xb", buffering=0)
-        return self.open(path, mode="wb")
+            return keep_from_children(builtins.open(path, "xb", buffering=0))
+        return keep_from_children(self.open(path, mode="wb"))
 
     def _dumped(self, value: object) -> bytes:
         active = storing.active

@@ -15,7 +15,7 @@ from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 from chest.columns import Puts
-from chest.directory import Directory, remove_quietly
+from chest.directory import Directory, keep_from_children, remove_quietly
 from chest.packs import PACK_BYTES, write_all
 from chest.serialize import digest_bytes
 
@@ -58,7 +58,7 @@ class StagedPack:
         self.lengths = array("Q")
         self.digests = array("Q")
         self.nbytes = 0
-        self._file = FileIO(path, "x")
+        self._file = keep_from_children(FileIO(path, "x"))
 
     def append(self, keys: Sequence[Any], streams: Sequence[bytes], digests: Sequence[int]) -> None:
         """Write values.
@@ -156,21 +156,21 @@ class Batch:
         for key in keys:
             self.streams.pop(key, None)
             if key in self.files:
-                remove_quietly(self.files.pop(key).path)
+                self._unlink(self.files.pop(key).path)
         if keys:
             for pack in self.packs:
                 pack.keys = [GONE if key in keys else key for key in pack.keys]
 
     def discard(self) -> None:
-        """Remove every staging file; what was committed has other names by now.
-
-        A child that was forked in the midst leaves them to its parent.
-        """
-        if self._owner != os.getpid():
-            return
+        """Remove every staging file; what was committed has other names by now."""
         for staged in self.files.values():
-            remove_quietly(staged.path)
+            self._unlink(staged.path)
         for pack in self.packs:
             pack.close(fsync=False)
-            remove_quietly(pack.path)
+            self._unlink(pack.path)
         self.files, self.streams, self.packs, self._nbytes = {}, {}, [], 0
+
+    def _unlink(self, path: str) -> None:
+        # In a forked child, what was staged before is the parent's.
+        if self._owner == os.getpid() or not self._directory.staged(path):
+            remove_quietly(path)

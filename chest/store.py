@@ -107,11 +107,11 @@ class Store(Upkeep):
             if self._fsync:
                 sync_file(path)
             return Staged(path, length, digest)
-        except OSError as error:
-            remove_quietly(path)
-            raise told(error, self.directory.path, size) from error
-        except BaseException:
-            remove_quietly(path)
+        except BaseException as error:
+            if not self.index.abandoned:  # else it is the parent's
+                remove_quietly(path)
+            if isinstance(error, OSError):
+                raise told(error, self.directory.path, size) from error
             raise
 
     def stage_link(self, other: Store, entry: Entry) -> Staged:

@@ -921,6 +921,93 @@ def test_a_child_forked_in_a_transaction_is_not_part_of_it(path, elsewhere, wher
         assert c == {"x": [2], "new": [2], "child": [3]}
 
 
+FORKING = """
+    import itertools, tempfile
+
+    class Value:
+        def __init__(self, x):
+            self.x = x
+
+        def __eq__(self, other):
+            return type(other) is Value and self.x == other.x
+
+        def __reduce__(self):
+            fork_once('__reduce__')
+            return made, (self.x,)
+
+    def made(x):
+        fork_once('as a value is made')
+        return Value(x)
+
+    def load(file):
+        value = pickle.load(file)
+        fork_once('load')
+        return value
+
+    def dump(value, file):
+        fork_once('before dump')
+        pickle.dump(value, file)
+        fork_once('dump')
+
+    def fork_once(where):
+        global child
+        if child is None and where == WHERE:
+            child = os.fork()
+
+    def transact(c):
+        with c.transaction():
+            c['a'] = Value(5)
+            c['b'].x = 7
+            c.move_to_disk('a')
+
+    works = [
+        lambda c: c['a'], lambda c: c[('packed', 3)], lambda c: [*c.items()],
+        lambda c: c.setdefault('a', 1), lambda c: c.update(a=Value(2), q=Value(1)),
+        lambda c: c.update(large=[0] * 20000), lambda c: c.move_to_disk('dirty'),
+        lambda c: c.copy().close(), lambda c: setattr(c, 'available_memory', 0), Chest.flush,
+        transact,
+    ]
+    forks = 0
+    for own, work in itertools.product([{}, {'load': load, 'dump': dump}], works):
+        child = 0
+        path = tempfile.mkdtemp()
+        with Chest(path=path, available_memory=3000, **own) as c:
+            packed = {('packed', n): (n,) for n in range(100)}
+            c.update(packed, a=Value(1), b=Value(2), gone=Value(3))
+        c = Chest(path=path, available_memory=3000, **own)
+        c['dirty'] = Value(4)
+        child = None
+        work(c)
+        if child == 0:
+            assert not c._memory.in_transaction and not c._memory.holds_lock()
+            assert {'a', 'b', 'gone', *packed} <= {*c} and c['gone'] == Value(3)
+            c['of the child'] = Value(8)
+            c.close()
+            with Chest(path=path) as c:
+                assert c['of the child'] == Value(8)
+                c._check()
+            os._exit(0)
+        assert child is None or os.waitpid(child, 0)[1] == 0
+        forks += child is not None
+        child = 0
+        everything = dict(c)
+        c.close()
+        with Chest(path=path) as c:
+            assert dict(c) == everything and c['dirty'] == Value(4)
+            c._check()
+            c.drop()
+    print(forks)
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize(("where", "forks"), [
+    ("__reduce__", 16), ("as a value is made", 8), ("load", 5), ("before dump", 9), ("dump", 9),
+])
+def test_a_fork_in_the_midst_of_anything_harms_neither_chest(run, where, forks):
+    run(f"WHERE = {where!r}\n" + textwrap.dedent(FORKING), said=f"{forks}\n")
+
+
 @needs_fork
 def test_a_child_never_removes_the_temporary_directory_of_its_parent(run):
     run(
