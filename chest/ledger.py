@@ -16,7 +16,7 @@ import operator
 import pickle
 from array import array
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from itertools import chain, groupby, repeat
+from itertools import groupby, repeat
 from typing import Any
 
 from chest.columns import Block, Entry, Frame, FrameError, Keys, Puts, decode, encode
@@ -78,7 +78,6 @@ class Ledger:
         self._digests = array("Q")
         self._serials = array("Q")
         self._next_serial = 0
-        self._claimed = 0  # keys without a commit and with a serial below get another one
         self._in_order = True
         self._encoding = False
         self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
@@ -195,13 +194,12 @@ class Ledger:
     # -- commits ---------------------------------------------------------------------------------
 
     def encode(
-        self, blocks: Collection[Puts], serializer: tuple[str, bool | None], *, first: bool = True
+        self, blocks: Iterable[Puts], serializer: tuple[str, bool | None], *, first: bool = True
     ) -> list[bytes]:
         """Return the payloads that record what is put and every deletion that is pending.
 
         With ``first=False`` they go on with the commit that earlier payloads began.
         """
-        self._renumber(chain.from_iterable(puts.keys for puts in blocks))
         self._encoding = True
         try:
             batches = _in_batches((self._serials_of(puts.keys), puts) for puts in blocks)
@@ -216,14 +214,6 @@ class Ledger:
             return [start, *map(encode, batches)]
         finally:
             self._encoding = False
-
-    def _renumber(self, keys: Iterable[Any]) -> None:
-        """Put new keys behind those of others, who may have committed some with their serials."""
-        if self._claimed:
-            again = [key for key in keys if ~self._claimed < self.rows[key] < 0]
-            for key in sorted(again, key=self.rows.__getitem__, reverse=True):
-                self.add(key)
-                self._in_order = False
 
     def _left_packs(self) -> list[Entry]:
         return [Entry(name, 0, 0, 0) for name in self.dead_packs()]
@@ -382,14 +372,11 @@ class Ledger:
         for key, row in old._deleted.items():
             if row >= 0 and key in self.rows:
                 self.delete(key)
-        unsaved = {key: row for key, row in old._unsaved() if key not in self.rows}
-        twice: set[int] = set()
-        if unsaved:
-            twice = {~row for row in unsaved.values()}.intersection(self._serials)
-            self.rows.update(unsaved)
-            self._in_order = False
+        for key, row in old._unsaved():
+            if key not in self.rows:
+                self.rows[key] = row
+                self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
-        self._claimed = self._next_serial if twice else 0
 
     def _retire(self, rows: Iterable[int]) -> None:
         """Take note that the values of these rows are needed no more."""
@@ -408,7 +395,6 @@ class Ledger:
     def _put(self, block: Block) -> None:
         """Add the rows of a block."""
         base = len(self._files)
-        given = self._next_serial
         self._note_order(block.serials)
         if block.pack is None:
             self._note_capitals(block.files)
@@ -422,7 +408,6 @@ class Ledger:
         self.records += len(block.files)
         keys, rows = self._block_keys(block, base)
         if not self._deleted and self.rows.keys().isdisjoint(keys):
-            self._claim(block.serials, given)
             n = len(self.rows)
             self.rows.update(zip(keys, rows, strict=True))
             if len(self.rows) != n + len(keys):
@@ -430,9 +415,6 @@ class Ledger:
             return
         if len({*keys}) != len(keys):
             raise FrameError("it has a key twice")
-        before = map(self.rows.get, keys, repeat(UNSAVED))
-        new = [row for row, known in zip(rows, before, strict=True) if known < 0]
-        self._claim([*map(self._serials.__getitem__, new)], given)
         again = {key for key in self._deleted if key in self.rows}  # and then set here
         self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():
@@ -489,17 +471,14 @@ class Ledger:
             self._in_order = False
         self._next_serial = max(self._next_serial, serials[-1] + 1 if rising else max(serials) + 1)
 
-    def _claim(self, serials: Sequence[int], given: int) -> None:
-        """Note that others gave serials to new keys when here, too, so many had been given."""
-        if min(serials, default=given) < given:
-            self._claimed = self._next_serial
-
     def sort(self) -> None:
         """Bring the keys into the order in which they were first set."""
         if not self._in_order:
             keys, rows = [*self.rows], [*self.rows.values()]
             serials = self._serials_of(keys)
             order = sorted(range(len(keys)), key=serials.__getitem__)
+            if len({*serials}) < len(keys):  # several handles gave one: by commits
+                order.sort(key=lambda n: (serials[n], rows[n] < 0, rows[n]))
             sorted_rows = map(rows.__getitem__, order)
             self.rows = dict(zip(map(keys.__getitem__, order), sorted_rows, strict=True))
             self._in_order = True
@@ -524,8 +503,6 @@ class Ledger:
         assert {*map(len, columns)} == {len(self._files)}, "columns of different lengths"
         assert all(~row < self._next_serial for _, row in self._unsaved())
         assert all(row < len(self._files) for row in self.rows.values())
-        serials = self._serials_of([key for key, _ in self.stored()])
-        assert len({*serials}) == len(serials), "keys with one place in the order"
         assert not self._deleted.keys() & dict(self.stored()).keys(), "stored and deleted"
 
 
