@@ -28,8 +28,6 @@ TRIES = 9
 F = TypeVar("F")
 
 _is_staging = re.compile(r"\.new-[0-9a-f]{16}-[0-9]+").fullmatch
-
-
 _staging: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -42,11 +40,13 @@ def keep_from_children(file: F) -> F:
 
 def _let_go() -> None:
     """Let a forked child write nowhere where it would write to its parent's files."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for file in list(_staging):
-        with suppress(ValueError, OSError, AttributeError):  # closed, or no file of the system
-            os.dup2(nowhere, file.fileno())
-    os.close(nowhere)
+    files = [file for file in _staging if not getattr(file, "closed", True)]
+    if files:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for file in files:
+            with suppress(ValueError, OSError, AttributeError):  # no file of the system
+                os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
 
 
 if hasattr(os, "register_at_fork"):

@@ -65,11 +65,7 @@ class Memory(Spilling):
                             self._look(store)
                         yield
                         if store is self._store:
-                            self.flush()
-                            store.end_transaction()
-                            self._isolate(False)
-                            store.tidy()
-                            self._look(store)
+                            self._publish(store)
                     except BaseException:
                         if store is self._store:
                             self._fail(store, me)
@@ -78,6 +74,14 @@ class Memory(Spilling):
                 if not store.index.pinned:
                     self._give_up(store, torn=False)
             self._make_room()
+
+    def _publish(self, store: Store) -> None:
+        """Commit what a transaction did."""
+        self.flush()
+        store.end_transaction()
+        self._isolate(False)
+        store.tidy()
+        self._look(store)
 
     def _fail(self, store: Store, thread: int) -> None:
         """Roll back, at once or as soon as it can be done.

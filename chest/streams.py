@@ -93,7 +93,7 @@ class HashingReader:
     """What ``pickle.load`` reads from: hashes what passes through."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+        self._file: Any = file  # with readinto, which `IO` does not know
         self._hash = xxhash.xxh3_64()
         self._before = self._frame = b""  # what was read last; what was read before the buffer
         self._arrays = 0
@@ -106,7 +106,7 @@ class HashingReader:
 
     def read(self, size: int = -1) -> bytes:
         """Read up to `size` bytes."""
-        data = self._file.read(size)
+        data: bytes = self._file.read(size)
         self._passed(data, len(data))
         if size == 1 and data in _SIZES and _is_for_array(self._before):
             self._frame = self._before
@@ -145,7 +145,7 @@ class HashingReader:
 
     def readline(self) -> bytes:
         """Read one line."""
-        data = self._file.readline()
+        data: bytes = self._file.readline()
         self._passed(data, len(data))
         return data
 
@@ -155,7 +155,7 @@ class HashingReader:
         start = 0
         while start < view.nbytes:
             step = view[start : start + STEP]
-            n = self._file.readinto(step)  # type: ignore[attr-defined]  # files have it
+            n = self._file.readinto(step)
             if not n:
                 break
             self._passed(step[:n], n)
