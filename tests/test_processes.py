@@ -903,6 +903,29 @@ def test_a_child_that_leaves_in_the_midst_of_a_commit_harms_nothing(path, monkey
 
 
 @needs_fork
+def test_a_child_that_leaves_as_a_value_is_dumped_leaves_that_to_its_parent(run):
+    run(
+        """
+        dumps = []
+
+        def dump(value, file):
+            dumps.append(value)
+            pid = os.fork()
+            if pid == 0:
+                sys.exit()
+            assert os.waitpid(pid, 0)[1] == 0
+            pickle.dump(value, file)
+
+        with Chest(path=PATH, dump=dump) as c:
+            c['x'] = ['x' * 100_000]  # too large for a pack
+            c.flush()
+            print(len(dumps))
+        """,
+        said="1\n",
+    )
+
+
+@needs_fork
 @pytest.mark.parametrize("where", ["inside", "at the end"])
 def test_a_child_forked_in_a_transaction_is_not_part_of_it(path, elsewhere, where):
     with Chest({"x": [1]}, path) as c:

@@ -1639,8 +1639,15 @@ def test_and_when_collected_amid_what_the_same_chest_does(
     with suppress(KeyError, RuntimeError):  # what was to be written is taken back
         act(c)
     assert not garbage
+    with thread(write_alone, path):  # at once, and not as soon as the chest is used again
+        pass
     assert goes_on(path, c, start())
     assert waits_for_others(path, c)
+
+
+def write_alone(path):
+    with Chest(path=path) as other, other.transaction(timeout=0):
+        pass
 
 
 def twin():
@@ -1708,6 +1715,8 @@ def test_a_commit_during_which_its_transaction_is_collected_in_another_thread(
     def write(self, *args):
         with thread(garbage.clear):
             pass
+        assert len(c)  # a step of the chest, but it is too early to take anything back
+        assert self.index.is_locked
         return real(self, *args)
 
     monkeypatch.setattr(Store, "_write", write)
