@@ -43,6 +43,10 @@ class Changes(Residents):
                 self.store.catch_up()
                 self._absorb()
 
+    def is_current(self) -> bool:
+        """Tell whether what others committed is taken in, as far as anybody can tell."""
+        return self.head[1] == self.seen or self._is_publishing()
+
     def _is_publishing(self) -> bool:
         """Tell whether the news are this very handle's, whose commit is not through yet."""
         store = self._store

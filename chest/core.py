@@ -198,12 +198,16 @@ class Chest(MutableMapping[K, V]):
     def __contains__(self, key: object) -> bool:
         begun = self._memory.transactions
         found = key in self._rows
-        return found if begun == self._memory.transactions else self._memory.has(key)
+        if begun == self._memory.transactions and (found or self._memory.is_current()):
+            return found
+        return self._memory.has(key)
 
     def __len__(self) -> int:
         begun = self._memory.transactions
         size = len(self._rows)
-        return size if begun == self._memory.transactions else len(self._in_order())
+        if begun == self._memory.transactions and self._memory.is_current():
+            return size
+        return len(self._in_order())
 
     def __iter__(self) -> Iterator[K]:
         return (key for key in self._in_order() if key in self)

@@ -111,7 +111,7 @@ class Hands:
     def of_others(self) -> list[tuple[Any, Any]]:
         """Return what other threads have in hand, as pairs of key and value."""
         me = threading.get_ident()
-        return [pair for ident, pair in list(self.held.items()) if ident != me]
+        return [pair for ident, pair in self.held.copy().items() if ident != me]
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         """Return the value that left under `key`, `default` if there is none alive."""

@@ -130,6 +130,8 @@ class Index:
         The word as of the last `refresh` or `acknowledge`.
     foreign : bool
         The file is not of this format: the index of an old chest, to be replaced.
+    frames : int
+        How many are committed, as far as they were read.
     is_locked : bool
         This index holds the lock.
     publishing : int
@@ -193,7 +195,7 @@ class Index:
         self._identity = identity
         self.foreign = foreign
         self._read_to = HEAD
-        self._frames = 0
+        self.frames = 0
         self._ends: list[int] = []  # of the frames appended since
         self._fresh = True
         self.seen = -1 if foreign else 0  # nobody tells when an old index is replaced: look
@@ -285,11 +287,11 @@ class Index:
         word = _native(self.head[1])
         end = self._decode(word)
         if self._fresh:
-            self._frames = 0
+            self.frames = 0
         payloads = self._read(HEAD if self._fresh else self._read_to, end)
         anew, self._fresh = self._fresh, False
         self._read_to, self._ends = end, []
-        self._frames += len(payloads)
+        self.frames += len(payloads)
         # Without MOVED: as long as it is set, every look finds a difference and comes here.
         self.seen = _native(word & ~MOVED)
         return anew, payloads
@@ -306,7 +308,7 @@ class Index:
         payloads = [payload for _, payload in frames]
         reached = frames[-1][0] if frames else 0
         if reached != end - start:
-            self._frames += len(payloads)
+            self.frames += len(payloads)
             raise self._damage(f"the frame at byte {start + reached} is not as written")
         return payloads
 
@@ -321,7 +323,7 @@ class Index:
         return b"".join(parts)
 
     def _damage(self, reason: str) -> CorruptIndexError:
-        return CorruptIndexError(self.path, reason, self._frames)
+        return CorruptIndexError(self.path, reason, self.frames)
 
     def _is_replaced(self) -> bool:
         """Tell whether the path leads to another file; False if to none, for the chest is gone."""
@@ -514,7 +516,7 @@ class Index:
         """Take what was published as seen; without this, `refresh` returns it."""
         self.seen = self.head[1]
         self._read_to = self._written_to
-        self._frames += len(self._ends)
+        self.frames += len(self._ends)
         self._ends = []
 
     def replace(self, payloads: list[bytes], scratch: str) -> None:
@@ -548,7 +550,11 @@ class Index:
                 os.unlink(scratch)
             raise
         old = self._file
-        self._adopt(new)
+        try:
+            self._adopt(new)
+        except BaseException:
+            self._give_up_next()  # which is locked, if an interrupt came before `_adopt` began
+            raise
         self._take_next(None)
         self._enter_holders()
         unlock_descriptor(old.fileno())  # a child may have been forked, and have it open

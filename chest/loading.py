@@ -52,7 +52,9 @@ class Loading(Changes):
             self._if_free(self._settle_owed)
         # Another thread may have begun a transaction, or deleted it, or spilled it before it was in
         # the hand.
-        same = self.inmem.get(key, MISSING) is value and key in self.ledger.rows
+        ledger = self.ledger
+        same = self.inmem.get(key, MISSING) is value and key in ledger.rows
+        same = same and key not in ledger.changed  # by another handle, whose news are taken in now
         return value if same and not self.in_transaction else self.fetch(key)
 
     def peek(self, key: Hashable) -> Any:

@@ -155,6 +155,7 @@ class Packs:
         path = self._directory.full_path(name)
         if place == 0:
             remove_quietly(path)
+            self.forget(name)
         elif self.size(name) > place:
             os.truncate(path, place)
 

@@ -86,6 +86,7 @@ class Residents(ABC):
         self._reported: set[Any] = set()
         # Whether a hook, or whatever is not pickle itself, has to see each value that is read.
         self.reads_alone = options.on_miss is not None or not serializer.direct
+        self.transactions = 0  # begun so far: who looks without the lock looks again if one began
         self._make_lock()
         self._start()
         if self.path is not None:
@@ -104,7 +105,6 @@ class Residents(ABC):
         self.readonly = self.options.readonly
         self._torn = False  # by an interrupt in the midst of an operation
         self.in_transaction = False
-        self.transactions = 0  # begun so far: who looks without the lock looks again if one began
         self._inside: set[Any] = set()  # keys whose values a transaction may have changed
         self.ledger = Ledger(self.serializer.trusts_pickle)
         self._store: Store | None = None

@@ -50,6 +50,7 @@ class Saving(Loading):
         unsaved: dict[Any, Exception] = {}
         try:
             self._stage(keys, batch, values, unsaved, stop)
+            self._stage_in_one_step(batch, values, unsaved, stop)
             staged = batch.keys()
             try:
                 self._commit_or_stage_again(batch, values, unsaved, stop)
@@ -82,7 +83,7 @@ class Saving(Loading):
         stop: bool,
     ) -> None:
         """Dump values to where a commit takes them from, so many at a time."""
-        start, some = 0, min(MANY, STEP)
+        start, some = 0, 4
         while start < len(keys):
             # What is not resident was deleted or spilled by what was pickled before.
             step = [*filter(self.inmem.__contains__, keys[start : start + some])]
@@ -105,6 +106,17 @@ class Saving(Loading):
             for key in [key for key in batch.streams if not self.ledger.is_packed(key)]:
                 stream = batch.streams.pop(key)
                 self._stage_alone(key, values[key], stream, batch, unsaved, stop)
+
+    def _stage_in_one_step(
+        self, batch: Batch, values: dict[Any, Any], unsaved: dict[Any, Exception], stop: bool
+    ) -> None:
+        """Dump into memory what another thread changed as it was dumped into a file."""
+        for key in [key for key, error in unsaved.items() if type(error) is RuntimeError]:
+            if key in self.inmem:
+                (stream,) = self.serializer.dumps_all([values[key]])
+                if not isinstance(stream, UndumpableError):
+                    del unsaved[key]
+                    self._stage_alone(key, values[key], stream, batch, unsaved, stop)
 
     def _stage_large(
         self,

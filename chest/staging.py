@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from io import FileIO
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 from chest.columns import Puts
-from chest.directory import Directory, keep_from_children, remove_quietly
+from chest.directory import Directory, keep_from_children
 from chest.packs import PACK_BYTES, write_all
 from chest.serialize import digest_bytes
 
@@ -166,11 +167,13 @@ class Batch:
         for staged in self.files.values():
             self._unlink(staged.path)
         for pack in self.packs:
-            pack.close(fsync=False)
+            with suppress(OSError):
+                pack.close(fsync=False)
             self._unlink(pack.path)
         self.files, self.streams, self.packs, self._nbytes = {}, {}, [], 0
 
     def _unlink(self, path: str) -> None:
         # In a forked child, what was staged before is the parent's.
         if self._owner == os.getpid() or not self._directory.staged(path):
-            remove_quietly(path)
+            with suppress(OSError):  # a sweep removes it when it is old
+                os.unlink(path)

@@ -21,6 +21,7 @@ from chest.staging import Batch
 logger = logging.getLogger("chest")
 
 COMPACT_RECORDS = 1000  # a log of fewer dead records is not worth a new one
+FRAME_RECORDS = 4  # the head of a frame takes as much of the log as so many short records
 WASTE = 64 << 20  # bytes by which the dead in packs may exceed the living
 COPIED = 4096  # values that are copied at a time
 
@@ -75,7 +76,9 @@ class Upkeep(Reading, ABC):
                 self.packs.cut(entry.file, entry.place if entry.file in live else 0)
             elif is_safe_filename(entry.file) and entry.file not in live:
                 left.append(entry)
-        self.directory.remove(entry.file for entry in left if not self._is_foreign(entry))
+        left = [entry for entry in left if not self._is_foreign(entry)]
+        stuck = self.directory.remove(entry.file for entry in left)
+        self.ledger.obsolete += [entry for entry in left if entry.file in stuck]
 
     def _is_foreign(self, entry: Entry) -> bool:
         """Tell whether a file that should have gone is another than the one that we wrote."""
@@ -178,7 +181,7 @@ class Upkeep(Reading, ABC):
 
     def _compact_if_due(self) -> None:
         ledger = self.ledger
-        dead = ledger.records - len(ledger.rows)
+        dead = ledger.records + FRAME_RECORDS * self.index.frames - len(ledger.rows)
         if dead < max(len(ledger.rows), self._compact_from) or ledger.unreadable:
             return
         try:

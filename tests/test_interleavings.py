@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -1946,10 +1946,10 @@ class Slow:
 
 
 def test_no_thread_gets_what_was_replaced_while_another_one_takes_in_the_news(path, monkeypatch):
-    with Chest(path=path) as c, Chest(path=path) as other, ThreadPoolExecutor(1) as pool:
-        c.update(slow=Slow(1), replaced="old", deleted="old")
+    with Chest(path=path) as c, Chest(path=path) as other, ThreadPoolExecutor(2) as pool:
+        c.update(slow=Slow(1), replaced="old", deleted="old", changed=["old"])
         c.flush()
-        other.update(slow=Slow(2), replaced="new")
+        other.update(slow=Slow(2), replaced="new", changed=["new"])
         del other["deleted"]
         other.flush()
         pickling, go_on = threading.Event(), threading.Event()
@@ -1958,6 +1958,9 @@ def test_no_thread_gets_what_was_replaced_while_another_one_takes_in_the_news(pa
         assert pickling.wait(10)
         assert "deleted" not in c
         assert not c._memory.quick[2].keys() & {"replaced", "deleted"}, "hits find what was there"
+        reading = pool.submit(c.__getitem__, "changed")
+        wait([reading], 0.2)
         go_on.set()
-        assert looking.result(10) == 2
+        assert reading.result(10) == ["new"]
+        assert looking.result(10) == 3
         assert c["slow"].number == 2

@@ -257,6 +257,47 @@ def test_values_that_are_larger_than_they_say_are_not_dumped_all_at_once(path):
         assert peak < 40e6
 
 
+def test_so_it_is_with_few_of_them(path):
+    with Chest(path=path, nbytes=lambda value: 1) as c:
+        c.update(dict.fromkeys(range(64), bytes(1_000_000)))
+        tracemalloc.start()
+        try:
+            c.flush()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 30e6
+
+
+class Restless:
+    """What another thread changes while it is dumped, so many times."""
+
+    def __init__(self, changes):
+        self.changes = changes
+
+    def __reduce__(self):
+        if self.changes:
+            self.changes -= 1
+            raise RuntimeError("dictionary changed size during iteration")
+        return Restless, (0,)
+
+
+def test_a_value_that_changed_while_it_was_dumped_is_dumped_once_more(path):
+    with Chest({"x": Restless(1), "y": 2}, path=path) as c:
+        c.flush()
+        c._check()
+        assert read_back(path)["x"].changes == 0
+        c["x"] = Restless(1)
+        c.move_to_disk("x")
+        assert "x" not in c.inmem
+        c["x"] = Restless(2)
+        with pytest.raises(UnsavedError) as caught:
+            c.flush()
+        assert [type(cause) for cause in caught.value.causes] == [RuntimeError]
+        c.flush()
+    assert read_back(path)["y"] == 2
+
+
 def test_a_pack_is_full_at_its_size_and_the_next_values_open_another(path, monkeypatch):
     monkeypatch.setattr(chest.store, "PACK_BYTES", 2000)
     with Chest(path=path) as c:
@@ -299,10 +340,10 @@ def test_packs_are_safe_before_the_commit_that_names_them(path, staged, monkeypa
 
     monkeypatch.setattr(Index, "publish", publish)
     with Chest(path=path, fsync=True) as c:
-        for start in (0, 500):  # the second time, the rest goes to a pack that was there
+        for start in (0, 520):  # the second time, the rest goes to a pack that was there
             del log[:]
             before = {name: len(content(path, name)) for name in packs(path)}
-            c.update(small(500, start))
+            c.update(small(520, start))
             c.flush()
             safe = log[: log.index(None)]
             written = [p for p in packs(path) if before.get(p) != len(content(path, p))]
@@ -447,6 +488,30 @@ def test_a_batch_that_was_discarded_takes_new_values(path, monkeypatch):
         batch.add([2], [b"more than ten"])
         assert (batch.streams, batch.packs[0].keys) == ({}, [1, 2])
         batch.discard()
+
+
+def test_a_batch_goes_though_a_file_of_it_cannot_be_removed(path, monkeypatch):
+    monkeypatch.setattr(chest.staging, "STREAM_BYTES", 10)
+    monkeypatch.setattr(chest.staging, "PACK_BYTES", 10)
+    os.mkdir(path)
+    batch = Batch(Directory(path, str))
+    for key in range(4):
+        batch.add([key], [b"more than ten"])
+    opened = [pack._file for pack in batch.packs]
+    refused = batch.packs[1].path
+    real = os.unlink
+
+    def unlink(full, **options):
+        if full == refused:
+            raise PermissionError(errno.EACCES, "in use", full)
+        real(full, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    batch.discard()
+    assert os.listdir(path) == [os.path.basename(refused)]
+    assert len(opened) == 4
+    assert all(file.closed for file in opened)
+    assert (len(batch), batch.keys()) == (0, [])
 
 
 # -- from one chest to another --------------------------------------------------------------------

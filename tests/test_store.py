@@ -582,6 +582,30 @@ def test_a_frame_beyond_the_length_does_not_count_and_its_files_are_swept_by_the
         assert dict(reader) == {"x": 1, "y": 4}
 
 
+def test_what_could_not_be_swept_is_swept_later(path, monkeypatch):
+    with Chest({"x": 1}, path=path):
+        pass
+    entry = value_file(path, "new", 2)
+    append(path, encode(block(1, new=entry), first=True))
+    real = os.unlink
+
+    def unlink(full, **options):
+        if os.path.basename(full) == "new":
+            raise PermissionError(13, "in use", full)
+        real(full, **options)
+
+    with Chest(path=path) as c:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", unlink)
+            c["y"] = 3
+            c.flush()
+            assert files(path) == {"x", "y", "new"}
+        c["z"] = 4
+        c.flush()
+        assert files(path) == {"x", "y", "z"}
+        c._check()
+
+
 def test_the_values_that_count_are_not_swept_whatever_lies_beyond(path):
     with Chest({"x": 1, "y": 2}, path=path) as c:
         c.flush()
@@ -757,10 +781,28 @@ def test_an_index_of_dead_records_is_compacted(path, often):
     assert read_back(path) == {key: (key, 39) for key in "abc"}
 
 
+def test_an_index_of_many_frames_is_compacted_though_every_record_lives(path):
+    keys = {f"k{n}": (n,) for n in range(2000)}
+    with Chest(path=path) as c:
+        sizes = set()
+        for key, value in keys.items():
+            c[key] = value
+            c.flush()
+            sizes.add(os.path.getsize(keys_file(path)))
+        c._check()
+    with Chest(keys, path=path + "-at-once") as c:
+        c.flush()
+        at_once = os.path.getsize(keys_file(c.path))
+    assert max(sizes) < 3 * at_once
+    assert read_back(path) == keys
+
+
 def test_an_index_of_living_records_is_not_compacted(path, often):
     with Chest(path=path) as c:
+        c.update(zip(range(40), range(40), strict=True))
+        c.flush()
         before = os.stat(keys_file(path)).st_ino
-        for n in range(20):
+        for n in range(40, 45):
             c[n] = n
             c.flush()
         assert os.stat(keys_file(path)).st_ino == before
