@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from itertools import islice, repeat
 from operator import sub
-from queue import SimpleQueue
 from threading import Thread
 from typing import IO, Any
 
@@ -85,7 +85,7 @@ def _read_run(memory: Memory, ledger: Ledger, rows: range) -> list[Any]:
 
 
 def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) -> None:
-    """Read the values of `keys` into memory, in threads, until the budget is used up.
+    """Read the values of `keys` into memory until the budget is used up; files in threads.
 
     Raises
     ------
@@ -93,71 +93,67 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
         If there is no such key.
     """
     wanted = _fitting(memory, keys)
-    if memory.holds_lock():  # threads would wait for this one
-        for key, _ in wanted:
-            memory.fetch(key, uses=1)
-        return
-    if open_many is None:
-        _read_in_threads(memory, wanted)
-        return
     packs = memory.ledger.packs
-    _read_in_threads(memory, [each for each in wanted if each[1].file in packs])
-    wanted = [each for each in wanted if each[1].file not in packs]
+    alone = memory.holds_lock() or memory.is_reading()  # threads would wait for this one
+    here = [key for key, entry in wanted if alone or entry.file in packs]
+    wanted = [(key, entry) for key, entry in wanted if not alone and entry.file not in packs]
+    _fetch_each(memory, iter(here))
+    if open_many is None:
+        _fetch_in_threads(memory, [key for key, _ in wanted])
+        return
     while batch := wanted[:MAX_OPEN_FILES]:
         del wanted[:MAX_OPEN_FILES]
         paths = [memory.store.directory.full_path(entry.file) for _, entry in batch]
         try:
             with open_many(paths, mode="rb") as files:
                 for (key, entry), file in zip(batch, files, strict=True):
+                    if memory.options.on_miss is not None:
+                        memory.options.on_miss(key)
                     memory.offer(key, entry, *memory.store.read(key, entry, file))
         except (FileNotFoundError, CorruptValueError):  # damaged, or replaced meanwhile
-            for key, _ in batch:
-                with suppress(KeyError):
-                    memory.fetch(key)
+            _fetch_each(memory, iter([key for key, _ in batch]))
 
 
-def _read_in_threads(memory: Memory, wanted: list[tuple[Any, Entry]]) -> None:
-    """Read in threads what this one takes in, which may hold the lock.
+def _fetch_in_threads(memory: Memory, keys: list[Any]) -> None:
+    """Read values in threads of their own; raise the first error of theirs.
 
     The threads are no pool of `concurrent.futures`: an interrupt can leave that waiting for ever.
     """
-    todo: SimpleQueue[tuple[Any, Entry] | None] = SimpleQueue()
-    done: SimpleQueue[tuple[Any, Entry, Any]] = SimpleQueue()
-    work = partial(_read_each, memory.store.read, todo, done)
-    threads = [Thread(target=work, daemon=True) for _ in range(min(THREADS, len(wanted)))]
-    for thread in threads:
-        thread.start()
-    jobs = iter(wanted)
+    todo = iter(keys)
+    errors: list[BaseException] = []
+    work = partial(_fetch_or_stop, memory, todo, errors)
+    threads = [Thread(target=work, daemon=True) for _ in range(min(THREADS, len(keys)))]
     try:
-        for job in islice(jobs, 4 * THREADS):
-            todo.put(job)
-        for _ in wanted:
-            key, entry, found = done.get()
-            todo.put(next(jobs, None))
-            _take(memory, key, entry, found)
-    finally:
-        for _ in threads:
-            todo.put(None)
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
+    finally:
+        deque(todo, maxlen=0)  # they stop where an interrupt came
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if errors:
+        raise errors[0]
 
 
-def _read_each(read: Callable[..., Any], todo: SimpleQueue[Any], done: SimpleQueue[Any]) -> None:
-    while job := todo.get():
+def _fetch_each(memory: Memory, keys: Iterator[Any]) -> None:
+    for key in keys:
         try:
-            done.put((*job, read(*job)))
-        except BaseException as error:  # noqa: BLE001 -- the thread that asked raises it
-            done.put((*job, error))
+            memory.fetch(key, uses=1)
+        except KeyError:
+            if memory.has(key):  # then a hook raised it, and the key was not deleted meanwhile
+                raise
 
 
-def _take(memory: Memory, key: Any, entry: Entry, found: Any) -> None:
-    if isinstance(found, CorruptValueError):
-        with suppress(KeyError):
-            memory.fetch(key)  # damaged, or replaced by another handle
-    elif isinstance(found, BaseException):
-        raise found
-    else:
-        memory.offer(key, entry, *found)
+def _fetch_or_stop(memory: Memory, todo: Iterator[Any], errors: list[BaseException]) -> None:
+    try:
+        _fetch_each(memory, todo)
+    except BaseException as error:  # noqa: BLE001 -- the thread that asked raises it
+        errors.append(error)
+        deque(todo, maxlen=0)
+    finally:
+        memory.open_hand()
 
 
 def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:
@@ -174,8 +170,6 @@ def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:
         room -= entry.length
         if room < 0:
             break
-        if memory.options.on_miss is not None:
-            memory.options.on_miss(key)
         chosen.append((key, entry))
     return chosen
 

@@ -367,8 +367,11 @@ class Index:
             try:
                 self._holds.discard(hold)
             finally:
-                if not self._holds:
-                    self._unlock_surely()
+                try:
+                    self._unlock_if_free()
+                except BaseException:  # an interrupt: nobody else could write for ever
+                    self._unlock_if_free()
+                    raise
 
     @property
     def blocks(self) -> int:
@@ -443,16 +446,11 @@ class Index:
     def release(self) -> None:
         """Let go of the lock, however many blocks hold it."""
         self._holds.clear()
-        self._unlock_surely()
+        self._unlock_if_free()
 
-    def _unlock_surely(self) -> None:
-        try:
-            self._unlock()
-        except BaseException:  # an interrupt: nobody else could write for ever
-            self._unlock()
-            raise
-
-    def _unlock(self) -> None:
+    def _unlock_if_free(self) -> None:
+        if self._holds:
+            return
         self.is_locked = False
         if not self._file.closed:
             unlock_descriptor(self._file.fileno())

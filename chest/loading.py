@@ -139,8 +139,7 @@ class Loading(Changes):
                             threads.pop(key, None)
                     except KeyError:
                         pass  # another thread mended
-                    with self.lock:
-                        self._loads.tell()
+                    self._loads.tell()
         return MISSING
 
     def _get_packed(self, key: Hashable) -> Any:
@@ -188,14 +187,13 @@ class Loading(Changes):
                     self.__exit__(type(error))
                     raise
         finally:
-            if self._loads.waiting or not taken:
+            if not taken:
                 try:  # with no call before: interrupts come with calls
                     if threads[key] is me:
                         threads.pop(key, None)
                 except KeyError:
                     pass  # it was taken out
-                with self.lock:
-                    self._loads.tell()
+            self._loads.tell()
         return value if taken else MISSING
 
     def _take_in(
@@ -250,7 +248,7 @@ class Loading(Changes):
                     raise KeyError(key)
                 if self._loads.threads.setdefault(key, me) == me or nested:
                     return self.ledger.entry(row)
-                self._loads.wait()
+                self._loads.wait(key)
 
     def _load(self, key: Hashable, entry: Entry, *, tell: bool) -> tuple[Any, bool]:
         if tell and self.options.on_miss is not None:
@@ -289,6 +287,15 @@ class Loading(Changes):
         # Only now: both may commit, and then find that another handle replaced or deleted the key.
         self._settle(released)
         self._make_room()
+
+    def is_reading(self) -> bool:
+        """Tell whether this thread is reading a value, so that it is a hook which asks."""
+        return threading.get_ident() in self._loads.threads.copy().values()
+
+    def open_hand(self) -> None:
+        """Look at what this thread has in hand, for it is about to end."""
+        with self.lock, self:
+            self._settle(self._hands.empty())
 
     def offer(self, key: Hashable, entry: Entry, value: Any, again: bool) -> None:
         """Make a value resident that was read from `entry`, unless that is history."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from typing import Any
 
 LOST = 1.0  # seconds between two looks at a load that another thread began
@@ -51,11 +52,12 @@ class Loads:
             self.unreleased.pop()
             self._lock.release()
 
-    def wait(self) -> None:
+    def wait(self, key: Hashable) -> None:
         """Wait for the end of another load; needs the lock."""
         self.waiting += 1
         try:
-            self._ended.wait(LOST)  # an interrupt may have come before it was told
+            if key in self.threads:  # now that who takes it out looks for those who wait
+                self._ended.wait(LOST)  # an interrupt may have come before it was told
         finally:
             # An interrupt in the condition may have come while it had let go of the lock.
             if not self.holds_lock():
@@ -63,8 +65,10 @@ class Loads:
             self.waiting -= 1
 
     def tell(self) -> None:
-        """Wake up those who wait, for a load ended; needs the lock."""
-        self._ended.notify_all()
+        """Wake up those who wait, if any do: after an interrupt nobody should wait here."""
+        if self.waiting:
+            with self._lock:
+                self._ended.notify_all()
 
     def mend(self) -> None:
         """Forget what an interrupt may have left; a load that goes on is not waited for."""

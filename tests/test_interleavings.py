@@ -19,6 +19,7 @@ import itertools
 import os
 import pickle
 import random
+import signal
 import sys
 import threading
 import time
@@ -993,6 +994,79 @@ def test_prefetch_while_the_lock_is_held_may_load_what_uses_the_chest(path, hold
             c.prefetch(["k"])
             assert c.inmem["k"] == ["k"]
             lock.tell = lambda: None
+
+
+@pytest.mark.parametrize("ways", [["get", "prefetch"], ["prefetch", "get"], ["prefetch"] * 2])
+def test_a_key_that_is_prefetched_is_loaded_once(path, ways):
+    with Chest({"x": ["x"], "y": ["y"]}, path):
+        pass
+    loads = []
+    loading, go_on = threading.Event(), threading.Event()
+
+    def load(file):
+        loading.set()
+        assert go_on.wait(PATIENCE)
+        value = pickle.load(file)
+        loads.append(value)
+        return value
+
+    with Chest(path=path, load=load) as c, ThreadPoolExecutor(2) as pool:
+        read = {"get": lambda: c["x"], "prefetch": lambda: c.prefetch(["x"])}
+        results = [pool.submit(read[ways[0]])]
+        assert loading.wait(PATIENCE)
+        results.append(pool.submit(read[ways[1]]))
+        wait(results, 0.1)
+        go_on.set()
+        assert [result.result(PATIENCE) for result in results].count(None) == ways.count("prefetch")
+        assert "x" in c.inmem
+        assert loads == [["x"]]
+
+
+def test_a_key_error_of_a_hook_comes_through_prefetch_but_none_of_a_key_that_went(path):
+    with Chest({n: [n] for n in range(8)}, path):
+        pass
+
+    def on_miss(key):
+        del missing[key]
+
+    missing = dict.fromkeys(range(7))
+    with Chest(path=path, on_miss=on_miss) as c:
+        with pytest.raises(KeyError):
+            c.prefetch(range(8))
+        assert c.inmem.keys() == {*range(7)}
+
+    def deletes(key):
+        if key in c:
+            del c[key]
+
+    with Chest(path=path, on_miss=deletes) as c:
+        c.prefetch([1, 2])
+        assert {1, 2}.isdisjoint(c)
+
+
+def test_who_is_interrupted_as_it_waits_for_the_lock_does_not_wait_to_tell(path):
+    with Chest({n: n for n in range(100)} | {"alone": [1]}, path):
+        pass
+    for key in 1, "alone":
+        with Chest(path=path) as c, ThreadPoolExecutor(1) as pool:
+            c[2]
+            held, let_go = threading.Event(), threading.Event()
+
+            def hold(c=c, held=held, let_go=let_go):
+                with c.lock:
+                    held.set()
+                    return let_go.wait(PATIENCE)
+
+            holding = pool.submit(hold)
+            assert held.wait(PATIENCE)
+            me = threading.get_ident()
+            threading.Timer(0.2, signal.pthread_kill, [me, signal.SIGINT]).start()
+            with pytest.raises(KeyboardInterrupt):
+                c[key]
+            let_go.set()
+            assert holding.result(PATIENCE)
+            assert c[key] == (1 if key == 1 else [1])
+            c._check()
 
 
 # -- other orders ----------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+import chest.bulk
 import chest.index
 import chest.ledger
 import chest.store
@@ -664,8 +665,8 @@ def test_the_index_is_compacted_before_and_after(chest_at, path, often, monkeypa
         assert self.appended == 0
         real(self, *args)
 
-    monkeypatch.setattr(Index, "replace", replace)
     c, other = chest_at(start(), available_memory=0), chest_at()
+    monkeypatch.setattr(Index, "replace", replace)
     expected = start()
     for n in range(30):
         with suppress(Failure), c.transaction():
@@ -1017,6 +1018,18 @@ class Lock:
         return self.lock._is_owned()
 
 
+class Here:
+    """A thread that does its work in the one that starts it."""
+
+    ident = None
+
+    def __init__(self, target, daemon):
+        self.start = target
+
+    def join(self):
+        pass
+
+
 @pytest.mark.parametrize("budget", [1e9, 0])
 @pytest.mark.parametrize("look", LOOKS)
 def test_nobody_sees_what_is_taken_back(chest_at, look, budget, monkeypatch):
@@ -1032,6 +1045,7 @@ def test_nobody_sees_what_is_taken_back(chest_at, look, budget, monkeypatch):
         elsewhere.enter_context(inside_elsewhere(c, next(messes), fails=True))
 
     monkeypatch.setattr(c._memory, "lock", Lock(c.lock, elsewhere.close, begin))
+    monkeypatch.setattr(chest.bulk, "Thread", Here)
     begin()
     try:
         seen = LOOKS[look](c)
