@@ -368,9 +368,9 @@ class Index:
                 self._holds.discard(hold)
             finally:
                 try:
-                    self._unlock_if_free()
+                    self._unlock()
                 except BaseException:  # an interrupt: nobody else could write for ever
-                    self._unlock_if_free()
+                    self._unlock()
                     raise
 
     @property
@@ -446,9 +446,9 @@ class Index:
     def release(self) -> None:
         """Let go of the lock, however many blocks hold it."""
         self._holds.clear()
-        self._unlock_if_free()
+        self._unlock()
 
-    def _unlock_if_free(self) -> None:
+    def _unlock(self) -> None:
         if self._holds:
             return
         self.is_locked = False
