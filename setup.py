@@ -89,5 +89,5 @@ setup(
         "heapdict",
         "xxhash>=3",
     ],
-    extras_require={"test": TEST, "bench": BENCH, "dev": DEV},
+    extras_require={"psutil": ["psutil"], "test": TEST, "bench": BENCH, "dev": DEV},
 )

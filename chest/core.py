@@ -51,8 +51,9 @@ class Chest(MutableMapping[K, V]):
     path : str or path-like, optional
         The directory; made if need be, for the user alone. Without one the chest is temporary:
         its directory is made when a value first leaves memory, and removed with the chest.
-    available_memory : float, optional
-        How many bytes the values in memory may take; 1e9 if not given.
+    available_memory : float or str, optional
+        How many bytes the values in memory may take; 1e9 if not given. As text with a unit, ``'2
+        GB'`` or ``'500 MiB'``, or as a share of the memory of this machine or container, ``'25%'``.
     dump, load : callable, optional
         ``dump(obj, file)`` and ``load(file)``, as of pickle (the default, with protocol 5) or
         json; text or binary.
@@ -120,7 +121,7 @@ class Chest(MutableMapping[K, V]):
         self,
         data: Mapping[K, V] | Iterable[tuple[K, V]] | None = None,
         path: str | os.PathLike[str] | None = None,
-        available_memory: float | None = DEFAULT_AVAILABLE_MEMORY,
+        available_memory: float | str | None = DEFAULT_AVAILABLE_MEMORY,
         dump: Dump = dump_pickle,
         load: Load = pickle.load,
         key_to_filename: Callable[[Any], str] = key_to_filename,
@@ -430,7 +431,7 @@ class Chest(MutableMapping[K, V]):
         return self._memory.available
 
     @available_memory.setter
-    def available_memory(self, available: float | None) -> None:
+    def available_memory(self, available: float | str | None) -> None:
         with self.lock:
             self._memory.available = budget(available)
             self._memory.eviction.set_budget(self._memory.available)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from chest.amounts import parse_amount
+
 DEFAULT_AVAILABLE_MEMORY = 1e9  # bytes
 
 
@@ -59,16 +61,20 @@ def absolute(path: str | os.PathLike[str] | None) -> str | None:
     return os.path.abspath(name)
 
 
-def budget(available: float | None) -> float:
-    """Return a budget in bytes that a user gave, the default for None.
+def budget(available: float | str | None) -> float:
+    """Return a budget in bytes that a user gave, as text or number; the default for None.
 
     Raises
     ------
     ValueError
-        If it is negative or not a number.
+        If it is negative, not a number, or a text that says no amount.
+    OSError
+        If it is a share of the memory, and the system does not tell how much there is.
     """
     if available is None:
         return DEFAULT_AVAILABLE_MEMORY
+    if isinstance(available, str):
+        return parse_amount(available)
     if math.isnan(available) or available < 0:
         raise ValueError(f"available_memory is {available!r}: it has to be a number of bytes")
     return available

@@ -261,7 +261,7 @@ class Store(Upkeep):
             return
         # What could not be removed is named by the frames: they stay for the next writer.
         self.index.rewind()
-        if self._transaction is None:
+        if not frames:
             self.index.leave()
 
     def _publish(self, written: Written) -> None:

@@ -490,7 +490,8 @@ def test_a_batch_that_was_discarded_takes_new_values(path, monkeypatch):
         batch.discard()
 
 
-def test_a_batch_goes_though_a_file_of_it_cannot_be_removed(path, monkeypatch):
+@pytest.mark.parametrize("refuses", ["unlink", "close"])
+def test_a_batch_goes_though_the_system_refuses(path, monkeypatch, refuses):
     monkeypatch.setattr(chest.staging, "STREAM_BYTES", 10)
     monkeypatch.setattr(chest.staging, "PACK_BYTES", 10)
     os.mkdir(path)
@@ -498,17 +499,24 @@ def test_a_batch_goes_though_a_file_of_it_cannot_be_removed(path, monkeypatch):
     for key in range(4):
         batch.add([key], [b"more than ten"])
     opened = [pack._file for pack in batch.packs]
-    refused = batch.packs[1].path
-    real = os.unlink
+    refused = batch.packs[1]
+    unlink_really, close_really = os.unlink, StagedPack.close
 
     def unlink(full, **options):
-        if full == refused:
+        if full == refused.path and refuses == "unlink":
             raise PermissionError(errno.EACCES, "in use", full)
-        real(full, **options)
+        unlink_really(full, **options)
+
+    def close(self, **options):
+        close_really(self, **options)
+        if self is refused and refuses == "close":
+            raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(StagedPack, "close", close)
     batch.discard()
-    assert os.listdir(path) == [os.path.basename(refused)]
+    left = [os.path.basename(refused.path)] if refuses == "unlink" else []
+    assert os.listdir(path) == left
     assert len(opened) == 4
     assert all(file.closed for file in opened)
     assert (len(batch), batch.keys()) == (0, [])
