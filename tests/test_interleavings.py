@@ -1022,6 +1022,28 @@ def test_a_key_that_is_prefetched_is_loaded_once(path, ways):
         assert loads == [["x"]]
 
 
+def test_the_threads_of_a_prefetch_leave_nothing_in_their_hands(path):
+    with Chest({n: [n] for n in range(8)}, path):
+        pass
+    with Chest(path=path) as c:
+        c.prefetch(range(8))
+        assert c.inmem.keys() == {*range(8)}
+        assert c._memory._hands.held.keys() <= {threading.get_ident()}
+
+
+def test_nobody_waits_for_a_load_that_ended_before_it_was_known_that_somebody_waits(monkeypatch):
+    waited = []
+    lock = threading.RLock()
+    loads = Loads(lock)
+    monkeypatch.setattr(loads._ended, "wait", waited.append)
+    loads.threads["x"] = 1
+    with lock:
+        loads.wait("y")
+        assert waited == []
+        loads.wait("x")
+        assert len(waited) == 1
+
+
 def test_a_key_error_of_a_hook_comes_through_prefetch_but_none_of_a_key_that_went(path):
     with Chest({n: [n] for n in range(8)}, path):
         pass

@@ -781,6 +781,15 @@ def test_new_packs_have_names_that_nobody_uses(path):
     assert Packs(Directory(path, str)).new_name([".pack-8"]) == ".pack-11"
 
 
+def test_a_pack_that_was_taken_back_is_not_read_in_place_of_the_next(path):
+    os.mkdir(path)
+    packs = Packs(Directory(path, str))
+    for content in b"first", b"second":
+        packs.append(".pack-1", 0, [content], fsync=False)
+        assert packs.read(".pack-1", 0, 10) == content
+        packs.cut(".pack-1", 0)
+
+
 # -- a crash --------------------------------------------------------------------------------------
 
 
