@@ -23,15 +23,23 @@ def version() -> str:
 
 
 TEST = [
+    "cachetools",
+    "cloudpickle",
     "coverage>=7.13",
+    "dask[array,distributed]",
     "hypothesis",
+    "joblib",
     "lz4",
+    "msgpack",
     "numpy",
     "pandas",
     "pyarrow",
     "pytest>=8",
     "pytest-timeout",
     "scipy",
+    "toolz",
+    "xarray",
+    "zarr>=3",
 ]
 BENCH = [
     "cachetools",

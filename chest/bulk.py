@@ -10,6 +10,7 @@ from functools import partial
 from itertools import islice, repeat
 from operator import sub
 from threading import Thread
+from time import perf_counter
 from typing import IO, Any
 
 from chest.columns import Entry
@@ -70,6 +71,7 @@ def _read_run(memory: Memory, ledger: Ledger, rows: range) -> list[Any]:
     nothing = [MISSING] * len(rows)
     if rows[0] < 0:
         return nothing
+    started = perf_counter()
     span = ledger.span(rows)
     streams = span and memory.store.packs.read_span(*span)
     if streams is None and len(rows) > 1:
@@ -79,6 +81,7 @@ def _read_run(memory: Memory, ledger: Ledger, rows: range) -> list[Any]:
         values = list(map(pickle.loads, streams or []))
     except Exception:  # noqa: BLE001 -- getting the value tells
         return nothing
+    memory.meter.read(len(values), sum(map(len, streams or [])), perf_counter() - started)
     if any_changeable(values):
         return [MISSING if changeable(value) else value for value in values]
     return values or nothing
@@ -109,7 +112,7 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
                 for (key, entry), file in zip(batch, files, strict=True):
                     if memory.options.on_miss is not None:
                         memory.options.on_miss(key)
-                    memory.offer(key, entry, *memory.store.read(key, entry, file))
+                    memory.offer(key, entry, *memory.read(key, entry, file))
         except (FileNotFoundError, CorruptValueError):  # damaged, or replaced meanwhile
             _fetch_each(memory, iter([key for key, _ in batch]))
 

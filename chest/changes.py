@@ -109,6 +109,15 @@ class Changes(Residents):
         if self.readonly and action is not None:
             raise ReadOnlyError(str(self.path), action)
 
+    def begin_to_tell(self) -> None:
+        """Start an operation that tells figures, and count hits from now on; needs the lock."""
+        if self.closed:
+            raise ChestClosedError(self.path)
+        self.begin()
+        if self.meter.hits is None:
+            self.meter.hits = 0
+            self._arm()
+
     @block
     def _writing(self) -> Steps:
         """Hold the lock of the directory."""

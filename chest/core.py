@@ -31,6 +31,7 @@ from chest.processes import enlist
 from chest.reading import demand
 from chest.serialize import Dump, Load, Open, Serializer, dump_pickle
 from chest.sizes import nbytes
+from chest.status import Status
 from chest.views import ChestItems, ChestKeys, ChestValues
 
 K = TypeVar("K", bound=Hashable)
@@ -41,7 +42,7 @@ T = TypeVar("T")
 _MISSING: Any = object()
 
 
-class Chest(MutableMapping[K, V]):
+class Chest(Status, MutableMapping[K, V]):
     """A dictionary that spills to disk.
 
     Parameters
@@ -108,6 +109,9 @@ class Chest(MutableMapping[K, V]):
       `get_from_disk`, `prefetch`
     * disk: `path`, `key_to_filename`, `flush`, `write_keys`, `close`, `closed`, `drop`
     * several processes: `transaction`, `refresh`
+    * what it does: `stats`, `reset_stats`
+    * as the data of a worker of dask.distributed: `fast`, `slow`, `evict`, `spilled_total`,
+      `cumulative_metrics`
 
     Examples
     --------
@@ -158,7 +162,7 @@ class Chest(MutableMapping[K, V]):
         )
         self._memory = Memory(options, serializer, budget(available_memory))
         # Not __del__: this runs once, also at exit, and not when a value resurrects the chest.
-        self._finalizer = weakref.finalize(self, self._memory.finish)
+        self._finalizer = weakref.finalize(self, self._memory.drop_open)
         self._finalizer.atexit = False  # see `chest.processes`
         enlist(self._memory)
         if data is not None:
@@ -615,16 +619,6 @@ class Chest(MutableMapping[K, V]):
         demand(path)
         Chest.__init__(self, path=path, readonly=readonly, **arguments)
         self.__dict__.update(own)
-
-    def __repr__(self) -> str:
-        memory = self._memory
-        where = memory.path or "no directory yet"
-        if memory.closed:
-            return f"<closed chest at {where}>"
-        return (
-            f"<chest at {where}: {len(self)} keys, {self.memory_usage:,} of "
-            f"{memory.available:,.0f} bytes in memory>"
-        )
 
     def _check(self) -> None:
         """Assert every invariant, for tests."""

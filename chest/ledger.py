@@ -139,6 +139,10 @@ class Ledger:
         """Return where the value of a row lies."""
         return Entry(self._files[row], self._places[row], self._lengths[row], self._digests[row])
 
+    def length(self, row: int) -> int:
+        """Return how many bytes the value of a row has on disk."""
+        return self._lengths[row]
+
     def where(self, row: int) -> tuple[str, int, int, int]:
         """Return what `entry` does, as a plain tuple, which is made quicker."""
         return self._files[row], self._places[row], self._lengths[row], self._digests[row]

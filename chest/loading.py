@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable
 from itertools import count
+from time import perf_counter
 from typing import Any
 
 from chest.changes import Changes
@@ -35,13 +36,15 @@ class Loading(Changes):
             self.catch_up()
             value = self.quick[2].get(key, MISSING)
             if value is not MISSING:  # a hit, now that there is no news any more
-                self.eviction.marks.add(key)
+                self.quick[3](key)
                 return value
         value = self.inmem.get(key, MISSING)
         if value is MISSING:
             value = self._get_packed(key)
-            return self.fetch(key) if value is MISSING else value
-        self.eviction.marks.add(key)
+            value = self.fetch(key) if value is MISSING else value
+            self.meter.misses += 1
+            return value
+        self.quick[3](key)
         size, touches = self._touched.get(key, (_shallow_size(value), 0))
         if touches == TOUCHES or size != _shallow_size(value):
             self._measure_again(key, value)
@@ -152,6 +155,7 @@ class Loading(Changes):
         if row < 0 or store is None or self.reads_alone or self.head[1] != self.seen:
             return MISSING
         where = ledger.where(row)
+        started = perf_counter()
         stream = store.packs.peek(*where)
         if stream is None:
             return MISSING
@@ -163,6 +167,7 @@ class Loading(Changes):
                 value = pickle.loads(stream)
             except Exception:  # noqa: BLE001 -- `fetch` tells
                 return MISSING
+            self.meter.read(1, len(stream), perf_counter() - started)
             size = self.measure(value)
             fixed = not changeable(value)
             digest = where[3] if fixed else self._digest_as_loaded(value, Entry(*where))
@@ -254,7 +259,7 @@ class Loading(Changes):
         if tell and self.options.on_miss is not None:
             self.options.on_miss(key)
         try:
-            return self.store.read(key, entry)
+            return self.read(key, entry)
         except CorruptValueError:
             with self.lock:
                 self.catch_up()
@@ -266,7 +271,7 @@ class Loading(Changes):
     def _read_locked(self, key: Hashable, entry: Entry) -> tuple[Any, bool]:
         """Read once more, now that no other thread can replace a value and set it back."""
         try:
-            return self.store.read(key, entry)
+            return self.read(key, entry)
         except CorruptValueError:
             row = self.ledger.rows.get(key, UNSAVED)
             if row >= 0 and self.ledger.entry(row) == entry:
@@ -287,6 +292,13 @@ class Loading(Changes):
         # Only now: both may commit, and then find that another handle replaced or deleted the key.
         self._settle(released)
         self._make_room()
+
+    def read(self, key: Hashable, entry: Entry, file: Any = None) -> tuple[Any, bool]:
+        """Load a value, as `Reading.read` does, and count it."""
+        started = perf_counter()
+        found = self.store.read(key, entry, file)
+        self.meter.read(1, entry.length, perf_counter() - started)
+        return found
 
     def is_reading(self) -> bool:
         """Tell whether this thread is reading a value, so that it is a hook which asks."""

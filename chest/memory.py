@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -252,6 +253,17 @@ class Memory(Spilling):
                 self._lent = True
             return path
 
+    def drop_open(self) -> None:
+        """Close a chest that nobody refers to any more."""
+        used = self._store is not None and not self.closed and not just_forked()
+        forgotten = used and self.options.path is not None
+        try:
+            self.finish()
+        finally:
+            if forgotten:
+                message = f"a chest was not closed: close it, or use `with`: {self.options.path}"
+                warnings.warn(message, ResourceWarning, stacklevel=2)
+
     def finish(self) -> None:
         """Close when nobody can be told any more: at the end of the chest or of the program."""
         if self.closed:
@@ -322,7 +334,8 @@ class Memory(Spilling):
         fixed = {key: id(value) for key, value in self.inmem.items() if not changeable(value)}
         assert {key: id(value) for key, value in self._fixed.items()} == fixed
         assert self._loose.keys() == self.inmem.keys() - fixed.keys()
-        assert self.quick == (self.head, self.seen, self.quick[2], self.eviction.marks.add)
+        mark = getattr(self.quick[3], "args", self.quick[3:])
+        assert (self.quick[:2], mark) == ((self.head, self.seen), (self.eviction.marks.add,))
         assert self.quick[2] is self._fixed or self.in_transaction
         assert self.dirty.keys() <= self.inmem.keys(), "a dirty value is not resident"
         assert self.inmem.keys() <= rows.keys(), "a resident value has no key"

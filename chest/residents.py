@@ -29,6 +29,7 @@ from chest.loads import Loads
 from chest.options import Options
 from chest.serialize import Serializer, changeable
 from chest.sizes import nbytes as default_nbytes
+from chest.stats import Meter
 from chest.store import Store
 
 logger = logging.getLogger("chest")
@@ -83,7 +84,7 @@ class Residents(ABC):
         self.path = options.path
         self._owner: int | None = None  # the process that made the temporary directory
         self._lent = False  # other processes may use that directory
-        self._reported: set[Any] = set()
+        self.meter = Meter()
         # Whether a hook, or whatever is not pickle itself, has to see each value that is read.
         self.reads_alone = options.on_miss is not None or not serializer.direct
         self.transactions = 0  # begun so far: who looks without the lock looks again if one began
@@ -128,7 +129,7 @@ class Residents(ABC):
     def _arm(self) -> None:
         """Let hits look at what is current: they take all that they need in one step."""
         fixed: Any = {} if self.in_transaction else self._fixed
-        self.quick = (self.head, self.seen, fixed, self.eviction.marks.add)
+        self.quick = (self.head, self.seen, fixed, self.meter.counting(self.eviction.marks.add))
 
     def __enter__(self) -> Self:
         """Begin what has to be mended if it is interrupted; under the lock."""
@@ -331,6 +332,6 @@ class Residents(ABC):
             self._say_once(("disk", error.errno), "values stay in memory: %s", say(error))
 
     def _say_once(self, what: Hashable, message: str, *args: object) -> None:
-        level = logging.DEBUG if what in self._reported else logging.WARNING
-        self._reported.add(what)
+        level = logging.DEBUG if what in self.meter.said else logging.WARNING
+        self.meter.said.add(what)
         logger.log(level, message, *args)

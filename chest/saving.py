@@ -7,6 +7,7 @@ import operator
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
 from itertools import repeat
+from time import perf_counter
 from typing import Any
 
 from chest.changes import STEP
@@ -48,6 +49,7 @@ class Saving(Loading):
             return dict.fromkeys(keys, error)
         values: dict[Any, Any] = {}
         unsaved: dict[Any, Exception] = {}
+        started = perf_counter()
         try:
             self._stage(keys, batch, values, unsaved, stop)
             self._stage_in_one_step(batch, values, unsaved, stop)
@@ -60,6 +62,7 @@ class Saving(Loading):
                 unsaved.update(dict.fromkeys(staged, error))
         finally:
             batch.discard()
+            self.meter.write_seconds += perf_counter() - started
         return unsaved
 
     def _commit_or_stage_again(
@@ -187,6 +190,8 @@ class Saving(Loading):
             store.commit(batch)
             self._look(store)
             saved = batch.keys()
+            self.meter.writes += len(saved)
+            self.meter.bytes_written += batch.nbytes
             if self._as_loaded:
                 deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
             deque(map(self.dirty.pop, saved), maxlen=0)

@@ -6,6 +6,7 @@ What cannot be written stays in memory, and is counted there.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Hashable
 from itertools import compress, filterfalse, repeat
@@ -14,6 +15,8 @@ from typing import Any
 from chest.errors import UnsavedError, say, show
 from chest.saving import Saving
 from chest.serialize import changeable
+
+logger = logging.getLogger("chest")
 
 SLACK = 16  # one part in so many of the budget is made free at a time
 WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
@@ -102,6 +105,8 @@ class Spilling(Saving):
     # a `with`, so that an interrupt would leave the lock held.
 
     def _spill(self, key: Hashable | None) -> None:
+        if self.eviction.total > self.available:
+            self._say_that_it_spills()
         if key in self.eviction and self.eviction.size(key) > self.available:
             self._report(self._evict([key]))
         while self.eviction.total > self.available:
@@ -175,10 +180,12 @@ class Spilling(Saving):
             if part:
                 deque(map(part.pop, keys, repeat(None)), maxlen=0)
         self.eviction.discard_all(keys)
+        self.meter.spills += len(keys)
 
     def _let_go_of(self, key: Hashable) -> None:
         value = self.inmem[key]
         self._leave(key)
+        self.meter.spills += 1
         self._hands.leave(key, value)  # once more: it may have been handed out meanwhile
         if self._as_loaded and not self._hands.knows(key):
             self._as_loaded.pop(key, None)
@@ -188,11 +195,24 @@ class Spilling(Saving):
             if key in self.inmem:
                 self._hands.forget(key)
 
+    def _say_that_it_spills(self) -> None:
+        if "spill" not in self.meter.said:
+            self.meter.said.add("spill")
+            logger.info("values leave memory for %s", self.path)
+
     def _report(self, unsaved: dict[Any, Exception]) -> None:
         for key, error in unsaved.items():
             kinds = (type(self.inmem.get(key)), type(error))
             message = "the value of key %s stays in memory, it cannot be written: %s"
             self._say_once(kinds, message, show(key), say(error))
+
+    def evict(self) -> int:
+        """Let go of what should leave next; return how many bytes became free, -1 if none did."""
+        with self.lock, self:
+            self.begin()
+            before = self.eviction.total
+            self._report(self._evict([*self.eviction.cheapest()]))
+            return before - self.eviction.total or -1
 
     def move_to_disk(self, key: Hashable) -> None:
         """Write a value if need be, and let it go from memory.

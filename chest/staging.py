@@ -117,6 +117,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.files) + len(self.streams) + sum(len(pack.keys) for pack in self.packs)
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the streams have."""
+        staged = sum(file.length for file in self.files.values())
+        packed = sum(pack.nbytes for pack in self.packs)
+        return staged + packed + sum(map(len, self.streams.values()))
+
     def keys(self) -> list[Any]:
         """Return every key."""
         packed = chain.from_iterable(pack.keys for pack in self.packs)

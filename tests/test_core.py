@@ -43,6 +43,7 @@ from chest import (
 
 JSON = {"dump": json.dump, "load": json.load}
 NAN = math.nan
+drops_it_open = pytest.mark.filterwarnings("ignore:a chest was not closed:ResourceWarning")
 
 
 class Color(enum.Enum):
@@ -1219,6 +1220,7 @@ def test_a_temporary_directory_is_gone_when_the_last_reference_is():
     assert temporary_directories() == []
 
 
+@drops_it_open
 def test_a_chest_in_a_reference_cycle_ends_when_it_is_collected(path):
     for options in [{"path": path}, {"available_memory": 0}]:
         c = Chest(**options)
@@ -1231,6 +1233,7 @@ def test_a_chest_in_a_reference_cycle_ends_when_it_is_collected(path):
         assert c == {"x": [1]}
 
 
+@drops_it_open
 def test_a_chest_with_a_path_is_saved_when_the_last_reference_goes(path):
     c = Chest(path=path)
     c["x"] = [1]

@@ -18,6 +18,9 @@ ROOT = Path(chest.__file__).parent.parent
 needs_fork = [os.fork] if hasattr(os, "fork") else []
 
 
+DROPPED = "ignore:a chest was not closed:ResourceWarning"
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run a script in a new process that knows `PATH`; return what it printed.
@@ -42,7 +45,7 @@ def run(tmp_path, monkeypatch):
             f"{first}\nimport sys\nfrom chest import Chest\n\nPATH = {str(tmp_path / 'chest')!r}\n"
             + textwrap.dedent(script)
         )
-        command = [sys.executable, "-W", "error", str(file)]
+        command = [sys.executable, "-W", "error", "-W", DROPPED, str(file)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
         assert done.returncode == status, done.stderr
         assert os.listdir(temporary) == []

@@ -355,6 +355,7 @@ def test_a_value_that_leaves_while_it_is_handed_out_is_in_hand(path, kind):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(c._memory.eviction, "marks", Marks())
+            c._memory._arm()
             value = c["k"]
         assert marked == ["k"]
         change(value)
@@ -960,7 +961,7 @@ def test_a_value_that_becomes_unsavable_stays_and_disk_keeps_the_old_one(path):
 
 
 def test_an_unsavable_value_is_told_of_once(path, caplog):
-    caplog.set_level(logging.INFO, "chest")
+    caplog.set_level(logging.WARNING, "chest")
     with Chest(path=path, available_memory=0) as c:
         c["bad"] = Stubborn(ValueError("no"))
         crowd(c)
@@ -976,7 +977,7 @@ def test_an_unsavable_value_is_told_of_once(path, caplog):
 
 
 def test_a_flood_of_unsavable_values_is_tried_once_each_and_told_of_once(path, caplog):
-    caplog.set_level(logging.INFO, "chest")
+    caplog.set_level(logging.WARNING, "chest")
     error = ValueError("no")
     with Chest(path=path, available_memory=1000) as c:
         flood = [Stubborn(error) for _ in range(10_000)]
@@ -1485,7 +1486,7 @@ def test_a_change_in_place_raises_nothing_in_a_read_though_it_cannot_be_written(
 
 @each_way
 def test_that_reads_make_no_room_is_told_once(path, how, caplog):
-    caplog.set_level(logging.INFO, "chest")
+    caplog.set_level(logging.WARNING, "chest")
     with Chest({f"k{n}": [n] for n in range(20)}, path=path):
         pass
     with Chest(path=path, available_memory=0) as c, refusing(how):

@@ -49,7 +49,11 @@ PICKLING = [method for method in METHODS if method != "fork"]  # also what a Pro
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 # Since Python 3.12 each fork of a process with threads is warned of; they are what is tested.
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+DROPPED = "ignore:a chest was not closed:ResourceWarning"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings(DROPPED),
+]
 
 
 # -- children of the test itself -----------------------------------------------------------------
@@ -299,7 +303,8 @@ def run(tmp_path):
             "        process.join()\n"
             f"        return process.exitcode\n\n{body}"
         )
-        command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", str(file)]
+        command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning"]
+        command += ["-W", DROPPED, str(file)]
         # A short name: a server of forks has a socket there.
         with tempfile.TemporaryDirectory(prefix="c", dir=SHORT) as temporary:
             mine = {"TMPDIR": temporary, "PYTHONPATH": modules, "CHEST_TEST_PATH": path}

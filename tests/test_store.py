@@ -29,6 +29,7 @@ from chest.index import MAGIC, Index, encode_length, frame
 from chest.ledger import Ledger
 
 AGES_AGO = (0, 0)
+drops_it_open = pytest.mark.filterwarnings("ignore:a chest was not closed:ResourceWarning")
 JSON = {"dump": json.dump, "load": json.load}
 
 
@@ -1436,6 +1437,7 @@ def test_with_fsync_an_error_of_the_disk_commits_nothing(path, monkeypatch):
 # -- two handles of one thread --------------------------------------------------------------------
 
 
+@drops_it_open
 def test_a_chest_that_is_collected_while_another_commits_is_saved_after_it(path):
     forgotten = Chest(path=path)
     forgotten["x"] = [1]

@@ -1,0 +1,159 @@
+"""What a chest tells about itself: to people, in notebooks, and to the workers of dask."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Collection, Iterator, Sized
+from heapq import nlargest
+from typing import Any
+
+from chest.errors import ChestError, say
+from chest.memory import Memory
+from chest.stats import Stats
+
+logger = logging.getLogger("chest")
+
+LARGEST = 10  # values that a notebook shows
+
+# Both in light and in dark: half-transparent, on the colours of the notebook.
+_BAR = '<div style="background:#8884;width:20em;height:.8em"><div style="background:#3b82f6;\
+width:{:.0%};height:100%"></div></div>'
+_ROW = '<tr><td style="text-align:left">{}</td><td>{:,}</td><td>{}</td></tr>'
+
+
+class Status(Sized):
+    """The part of a chest that tells what is in it, and what it did."""
+
+    _memory: Memory
+
+    def stats(self) -> Stats:
+        """Return what this chest did so far, and what it holds.
+
+        Hits are counted from the first call on, and take about twice as long from then on.
+
+        Raises
+        ------
+        ChestClosedError
+            If the chest is closed.
+        """
+        memory = self._memory
+        with memory.lock:
+            memory.begin_to_tell()
+            meter, ledger = memory.meter, memory.ledger
+            lengths = [ledger.length(row) for _, row in ledger.stored()]
+            packed = sum(map(memory.store.packs.size, ledger.packs)) if ledger.packs else 0
+            return Stats(
+                hits=meter.hits or 0,
+                misses=meter.misses,
+                loads=meter.loads,
+                spills=meter.spills,
+                writes=meter.writes,
+                bytes_read=meter.bytes_read,
+                bytes_written=meter.bytes_written,
+                read_seconds=meter.read_seconds,
+                write_seconds=meter.write_seconds,
+                resident_keys=len(memory.inmem),
+                resident_bytes=memory.eviction.total,
+                stored_keys=len(lengths),
+                stored_bytes=sum(lengths),
+                packs=len(ledger.packs),
+                waste=max(packed - sum(ledger.packs.values()), 0),
+            )
+
+    def reset_stats(self) -> None:
+        """Let `stats` count from zero again."""
+        with self._memory.lock:
+            self._memory.begin_to_tell()
+            self._memory.meter.reset()
+
+    # -- as the data of a worker of dask.distributed -----------------------------------------------
+
+    @property
+    def fast(self) -> Collection[Any]:
+        """The keys whose values are in memory and can leave it."""
+        with self._memory.lock:
+            stuck = self._memory.eviction.aside()
+            keys = self._memory.inmem.keys()
+            return keys - stuck if stuck else keys
+
+    @property
+    def slow(self) -> Collection[Any]:
+        """The keys whose values are on disk alone."""
+        with self._memory.lock:
+            self._memory.begin()
+            return self._memory.ledger.rows.keys() - self._memory.inmem.keys()
+
+    def evict(self) -> int:
+        """Let what should leave memory next do so, a large value or many small ones.
+
+        Returns
+        -------
+        int
+            How many bytes became free; -1 if nothing could leave, which is logged.
+        """
+        try:
+            return self._memory.evict()
+        except (ChestError, OSError) as error:
+            logger.warning("nothing leaves memory: %s", say(error))
+            return -1
+
+    @property
+    def spilled_total(self) -> tuple[int, int]:
+        """How many bytes the values that are on disk alone have, in memory and on disk.
+
+        What they had in memory is not known any more: it is taken for what they have on disk.
+        """
+        with self._memory.lock:
+            ledger, away = self._memory.ledger, self.slow
+            total = sum(ledger.length(ledger.rows[key]) for key in away)
+        return total, total
+
+    @property
+    def cumulative_metrics(self) -> dict[tuple[str, str], float]:
+        """What was read and written so far, by activity and unit; see `stats`."""
+        meter = self._memory.meter
+        return {
+            ("disk-read", "bytes"): meter.bytes_read,
+            ("disk-read", "count"): meter.loads,
+            ("disk-read", "seconds"): meter.read_seconds,
+            ("disk-write", "bytes"): meter.bytes_written,
+            ("disk-write", "count"): meter.writes,
+            ("disk-write", "seconds"): meter.write_seconds,
+        }
+
+    # -- to people -------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        memory = self._memory
+        where = memory.path or "no directory yet"
+        if memory.closed:
+            return f"<closed chest at {where}>"
+        return (
+            f"<chest at {where}: {len(self):,} keys, {memory.eviction.total:,} of "
+            f"{memory.available:,.0f} bytes in memory>"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a small picture for notebooks: how full memory is, and the largest values."""
+        title = html.escape(repr(self)[1:-1])
+        memory = self._memory
+        if memory.closed:
+            return f"<div>{title}</div>"
+        with memory.lock:
+            memory.begin()
+            share = min(memory.eviction.total / memory.available, 1) if memory.available else 0
+            stored = [memory.ledger.length(row) for _, row in memory.ledger.stored()]
+            rows = "".join(
+                _ROW.format(html.escape(repr(key)[:60]), size, "memory" if there else "disk")
+                for size, there, key in nlargest(LARGEST, self._sizes(), key=lambda row: row[0])
+            )
+        head = "<tr><th>largest values</th><th>bytes</th><th>where</th></tr>"
+        disk = f"<div>on disk: {len(stored):,} values, {sum(stored):,} bytes</div>"
+        return f"<div>{title}{_BAR.format(share)}{disk}<table>{head}{rows}</table></div>"
+
+    def _sizes(self) -> Iterator[tuple[int, bool, Any]]:
+        memory = self._memory
+        for key, row in memory.ledger.rows.items():
+            there = key in memory.inmem
+            yield memory.eviction.size(key) if there else memory.ledger.length(row), there, key
