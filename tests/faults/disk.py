@@ -1,0 +1,195 @@
+"""A directory whose system calls pass through here, to be counted, refused or recorded.
+
+Inside ``with Disk(root, actor)`` each call by which chest changes or reads what lies below `root`
+becomes a `Call` that `actor` gets: it may do it, do half of it, or raise. The store into the mapped
+head of the index is one of them. Chests have to be opened by `opened` there, since chest takes an
+``open`` of one's own for one that compresses.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import mmap
+import os
+from dataclasses import dataclass, field
+from io import FileIO
+from typing import Any
+from unittest import mock
+
+import chest.directory
+import chest.index
+import chest.packs
+import chest.staging
+from chest import Chest
+
+ALL = os.environ.get("CHEST_FAULTS") == "all"
+CHANGES = {"create", "write", "truncate", "store", "rename", "replace", "link", "unlink"}
+CHANGES |= {"mkdir", "rmdir", "utime"}
+
+_by_path = ["replace", "rename", "link", "unlink", "truncate", "mkdir", "rmdir", "utime"]
+_by_path += ["stat", "lstat", "listdir"]
+_mmap = mmap.mmap
+
+
+def opened(path, **options):
+    """Return a chest of which the disk sees every call."""
+    return Chest(path=path, open=builtins.open, **options)
+
+
+@dataclass
+class Call:
+    """A system call, and how it is done: the whole, or half of it where it is a write."""
+
+    name: str
+    path: str
+    do: Any
+    half: Any = None
+    file: Any = None
+    args: tuple[Any, ...] = field(default=())
+
+    @property
+    def changes(self):
+        return self.name in CHANGES
+
+
+class Disk:
+    """See above; `root` is a folder that does not move."""
+
+    def __init__(self, root, actor):
+        self.root = str(root)
+        self.actor = actor
+        self.open_files = {}  # by descriptor
+        self._inside = False
+        self._patches = []
+
+    def call(self, name, path, do, **more):
+        if self._inside or not os.fspath(path).startswith(self.root):
+            return do()
+        self._inside = True
+        try:
+            return self.actor(Call(name, os.fspath(path), do, **more))
+        finally:
+            self._inside = False
+
+    def __enter__(self):
+        disk = self
+        open_plain = builtins.open
+
+        class File(FileIO):
+            def __init__(self, path, mode="r"):
+                self.path = path
+                name = "create" if set(mode) & set("xw") else "open"
+                disk.call(name, path, lambda: FileIO.__init__(self, path, mode), file=self)
+                disk.open_files[self.fileno()] = self
+
+            def write(self, data):
+                view = memoryview(data).cast("B")
+
+                def half():
+                    return FileIO.write(self, view[: len(view) // 2])
+
+                args = self.tell(), bytes(view)
+                do = lambda: FileIO.write(self, view)  # noqa: E731
+                return disk.call("write", self.path, do, half=half, file=self, args=args)
+
+            def truncate(self, size):
+                do = lambda: FileIO.truncate(self, size)  # noqa: E731
+                return disk.call("truncate", self.path, do, file=self, args=(size,))
+
+            def read(self, size=-1):
+                return disk.call("read", self.path, lambda: FileIO.read(self, size))
+
+            def readinto(self, buffer):
+                return disk.call("read", self.path, lambda: FileIO.readinto(self, buffer))
+
+        class Reader(chest.packs._Reader):
+            def __init__(self, path):
+                disk.call("open", path, lambda: super(Reader, self).__init__(path))
+                plain = self.read_at
+                self.read_at = lambda *args: disk.call("read", path, lambda: plain(*args))
+
+        def open_any(path, mode="r", buffering=-1, *args, **more):
+            mine = "b" in mode and isinstance(path, str) and path.startswith(disk.root)
+            if not mine:
+                return open_plain(path, mode, buffering, *args, **more)
+            file = File(path, mode)
+            if buffering == 0:
+                return file
+            return io.BufferedReader(file) if "r" in mode else io.BufferedWriter(file)
+
+        class Head:
+            """The mapped head of an index."""
+
+            def __init__(self, map_):
+                self._view = memoryview(map_).cast("Q")
+                self._file = disk.maps.pop(id(map_))
+
+            def cast(self, _):
+                return self
+
+            def __getitem__(self, place):
+                return self._view[place]
+
+            def __setitem__(self, place, word):
+                args = 8 * place, word.to_bytes(8, "little")
+                do = lambda: self._view.__setitem__(place, word)  # noqa: E731
+                disk.call("store", self._file.path, do, file=self._file, args=args)
+
+            def release(self):
+                self._view.release()
+
+        def view(data):
+            return Head(data) if isinstance(data, _mmap) else memoryview(data)
+
+        self.maps = {}  # files of maps that have no head yet, by id
+
+        def map_file(number, *args, **more):
+            file = self.open_files.get(number)
+            path = "" if file is None else file.path
+            found = disk.call("map", path, lambda: _mmap(number, *args, **more))
+            self.maps[id(found)] = file
+            return found
+
+        fsync, open_folder = os.fsync, os.open
+
+        def sync(number):
+            file = disk.open_files[number]
+            path = file if isinstance(file, str) else file.path
+            return disk.call("fsync", path, lambda: fsync(number), file=file)
+
+        def open_number(path, *args, **more):
+            number = disk.call("open", path, lambda: open_folder(path, *args, **more))
+            disk.open_files[number] = path
+            return number
+
+        self._patch(builtins, "open", open_any)
+        self._patch(os, "fsync", sync)
+        self._patch(os, "open", open_number)
+        self._patch(mmap, "mmap", map_file)
+        self._patch(chest.index, "memoryview", view, create=True)
+        self._patch(chest.packs, "_Reader", Reader)
+        for module in chest.index, chest.packs, chest.staging, chest.directory:
+            self._patch(module, "FileIO", File)
+        for name in _by_path:
+            self._patch(os, name, self._by_path(name, getattr(os, name)))
+        return self
+
+    def _by_path(self, name, plain):
+        def function(*args, **more):
+            path = args[-1] if name in ("rename", "replace", "link") else args[0]
+            if isinstance(path, int):
+                return plain(*args, **more)
+            return self.call(name, path, lambda: plain(*args, **more), args=args)
+
+        return function
+
+    def _patch(self, *args, **more):
+        patch = mock.patch.object(*args, **more)
+        patch.start()
+        self._patches.append(patch)
+
+    def __exit__(self, *error):
+        while self._patches:
+            self._patches.pop().stop()
+        self.maps.clear()
