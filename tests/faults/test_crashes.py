@@ -45,7 +45,8 @@ class Kill:
         if call.half is not None:
             self._moment(call.half)
         result = call.do()
-        self._moment()
+        if ALL:  # else the next moment comes to the same, but for what was told in between
+            self._moment()
         return result
 
     def _moment(self, first=None):
@@ -127,7 +128,7 @@ def test_a_process_killed_at_any_call_leaves_the_chest_as_of_a_commit(tmp_path):
             break
     assert told == len(STEPS)
     print(n - 1, "crash points")
-    assert n > 300
+    assert n > 250
 
 
 def test_a_second_crash_in_the_next_commit_changes_nothing(tmp_path):

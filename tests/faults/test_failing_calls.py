@@ -12,6 +12,7 @@ The same on a file system that is really full, where one can be mounted.
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import pickle
@@ -361,7 +362,9 @@ def test_a_staged_pack_is_closed_where_nothing_can_be_removed(path, refuse):
         with pytest.raises((OSError, UnsavedError)):
             c.flush()
         refuse.on((), 0)
-        assert not [name for name in open_files() if ".new-" in name]
+        left = [name for name in open_files() if ".new-" in name]
+        gc.collect()
+        assert not left
 
 
 def open_files():

@@ -185,6 +185,8 @@ class Work:
         if step.way == "transaction":
             with c.transaction():
                 step.change(c)
+                self._spill()
+                step.change(c)
             return
         step.change(c)
         match step.way:
@@ -193,13 +195,18 @@ class Work:
             case "unpack":
                 c.key_to_filename("small 40")
             case "spill":
-                c.available_memory = 0
-                c.available_memory = ROOM
+                self._spill()
             case "close":
                 c.close()
             case "reopen":
                 c.close()
                 self.do(Step(nothing, "open"))
+
+    def _spill(self):
+        try:
+            self.chest.available_memory = 0
+        finally:
+            self.chest.available_memory = ROOM
 
 
 def make_others(path):
