@@ -184,8 +184,9 @@ class Work:
         c = self.chest
         if step.way == "transaction":
             with c.transaction():
-                step.change(c)
+                c["half"] = "of a transaction"
                 self._spill()
+                del c["half"]
                 step.change(c)
             return
         step.change(c)
