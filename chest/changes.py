@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import os
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable
 from itertools import compress, filterfalse
@@ -227,7 +226,7 @@ class Changes(Residents):
             now = self.serializer.digest(value, size)
             if now is None:
                 staged = self.store.stage(value, size)
-                os.unlink(staged.path)
+                self.store.directory.remove_staged([staged.path])
                 now = staged.digest
         except UndumpableError:
             return expected is not None

@@ -70,6 +70,7 @@ class Directory:
         self._namer = namer
         self._token = secrets.token_hex(8)
         self._numbers = count()
+        self._stuck: set[str] = set()  # staging files that could not be removed yet
 
     def full_path(self, name: str) -> str:
         """Return the path of the file that the index calls `name`.
@@ -91,6 +92,15 @@ class Directory:
         """Tell whether a path is one that `staging_path` gave here, not in a forked child."""
         return path.startswith(self._join(f".new-{self._token}-"))
 
+    def remove_staged(self, paths: Iterable[str]) -> None:
+        """Remove staging files, and those that could not be removed before."""
+        for path in [*paths, *self._stuck]:
+            try:
+                remove_quietly(path)
+                self._stuck.discard(path)
+            except OSError:
+                self._stuck.add(path)
+
     def name_for(self, key: object) -> str:
         """Return the name that the file of `key` should have."""
         try:
@@ -103,7 +113,7 @@ class Directory:
 
     def exists(self, name: str) -> bool:
         """Tell whether a file or folder has `name`, or would have it if case did not count."""
-        return any(os.path.lexists(self._join(way)) for way in {name, name.lower()})
+        return any(is_there(self._join(way)) for way in {name, name.lower()})
 
     def has_folder(self, name: str) -> bool:
         """Tell whether `name` is a folder, and not a link to one."""
@@ -246,6 +256,21 @@ def make_folders(path: str) -> None:
         except FileExistsError:
             if not os.path.isdir(path):
                 raise
+
+
+def is_there(path: str) -> bool:
+    """Tell whether anything has a path, a link to nothing too.
+
+    Raises
+    ------
+    OSError
+        If the system does not tell: then the path must not pass for free.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def remove_quietly(path: str) -> None:

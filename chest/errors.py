@@ -7,8 +7,10 @@ missing key is a plain ``KeyError(key)``, and a disk that refuses is the ``OSErr
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from reprlib import Repr
 from typing import Any
 
@@ -34,12 +36,26 @@ def told(error: OSError, path: str, needed: int) -> OSError:
     """Return `error` with what the user wants to know: where, how much, how much is free."""
     if not error.errno:
         return error
+    there = path
+    while not os.path.lexists(there) and there != os.path.dirname(there):
+        there = os.path.dirname(there)  # it could not be made
     try:
-        free = f"{shutil.disk_usage(path).free} bytes are free"
+        free = f"{shutil.disk_usage(there).free} bytes are free"
     except OSError:
         free = "free bytes unknown"
     message = f"{error.strerror} (about {needed} bytes needed, {free})"
     return type(error)(error.errno, message, path)
+
+
+@contextmanager
+def locating(path: str) -> Iterator[None]:
+    """Have an error of the system name `path`, if it names none: those of descriptors do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or not error.errno:
+            raise
+        raise type(error)(error.errno, error.strerror, path) from error
 
 
 class ChestError(Exception):

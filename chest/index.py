@@ -35,7 +35,8 @@ from zlib import crc32
 from filelock import lock_descriptor, unlock_descriptor
 
 from chest.blocks import Steps, block
-from chest.errors import CorruptIndexError
+from chest.directory import is_there
+from chest.errors import CorruptIndexError, locating
 
 MAGIC = b"chest\x00\x01\n"
 HEAD = 16
@@ -278,7 +279,7 @@ class Index:
                 self._reopen()
             except FileNotFoundError:
                 moved = MOVED
-        if moved and not os.path.lexists(self.path):  # dropped; a new one may come to be there
+        if moved and not is_there(self.path):  # dropped; a new one may come to be there
             self._fresh, self.seen = True, _native(self.head[1] & ~_native(MOVED))
             return True, []
         if self.foreign:
@@ -313,14 +314,15 @@ class Index:
         return payloads
 
     def _bytes(self, start: int, end: int | None) -> bytes:
-        self._file.seek(start)
-        if end is None:
-            return self._file.readall()
-        parts = []
-        while start < end and (part := self._file.read(end - start)):
-            parts.append(part)
-            start += len(part)
-        return b"".join(parts)
+        with locating(self.path):
+            self._file.seek(start)
+            if end is None:
+                return self._file.readall()
+            parts = []
+            while start < end and (part := self._file.read(end - start)):
+                parts.append(part)
+                start += len(part)
+            return b"".join(parts)
 
     def _damage(self, reason: str) -> CorruptIndexError:
         return CorruptIndexError(self.path, reason, self.frames)
@@ -524,7 +526,7 @@ class Index:
         ----------
         payloads : list of bytes
         scratch : str
-            A file name nobody uses, in the same directory.
+            A file name nobody uses, in the same directory; the file is the caller's to remove.
 
         Raises
         ------
@@ -544,8 +546,6 @@ class Index:
             if not self._is_replaced():  # an interrupt may come after the replacement
                 self._set_moved(False)
             self._give_up_next()
-            with suppress(FileNotFoundError):
-                os.unlink(scratch)
             raise
         old = self._file
         try:

@@ -18,7 +18,7 @@ from functools import partial
 from io import FileIO
 from itertools import accumulate
 
-from chest.directory import Directory, remove_quietly
+from chest.directory import Directory, is_there, remove_quietly
 from chest.filenames import pack_number
 from chest.serialize import digest_bytes
 
@@ -165,5 +165,5 @@ class Packs:
         while True:
             self._highest += 1
             name = f".pack-{self._highest}"
-            if not os.path.lexists(self._directory.full_path(name)):
+            if not is_there(self._directory.full_path(name)):
                 return name

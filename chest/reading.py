@@ -10,8 +10,8 @@ from itertools import count
 from typing import Any
 
 from chest.columns import Entry, FrameError
-from chest.directory import INDEX, Directory, make_folders, remove_quietly, sync_folder
-from chest.errors import CorruptIndexError, CorruptValueError, SerializerError
+from chest.directory import INDEX, Directory, is_there, make_folders, sync_folder
+from chest.errors import CorruptIndexError, CorruptValueError, SerializerError, locating
 from chest.index import Index, write_log
 from chest.ledger import Ledger
 from chest.old import read_old_index
@@ -60,13 +60,13 @@ class Reading:
 
     def _make_writable(self) -> bool:
         """Make the index if there is none; tell whether it and the directory can be written."""
-        if not os.path.lexists(self.directory.index):
+        if not is_there(self.directory.index):
             staged = self.directory.staging_path()
             try:
                 write_log(staged, [], fsync=self._fsync)
                 _link_or_rename(staged, self.directory.index)
             finally:
-                remove_quietly(staged)
+                self.directory.remove_staged([staged])
             return True
         return os.access(self.directory.path, os.W_OK) and os.access(self.directory.index, os.W_OK)
 
@@ -156,7 +156,8 @@ class Reading:
     def _telling(self, key: Any, path: str) -> Iterator[None]:
         """Tell whose value it is that cannot be read."""
         try:
-            yield
+            with locating(path):
+                yield
         except UnloadableError as error:
             names = tuple(self.ledger.serializers)
             raise SerializerError(key, path, str(error), self.serializer.name, names) from error
@@ -172,7 +173,7 @@ class Reading:
 
 def demand(path: str) -> None:
     """Raise FileNotFoundError if there is no chest in a directory where one was."""
-    if not os.path.lexists(os.path.join(path, INDEX)):
+    if not is_there(os.path.join(path, INDEX)):
         message = "the chest there was dropped, or was temporary, or is on another machine"
         raise FileNotFoundError(errno.ENOENT, message, path)
 
@@ -192,5 +193,5 @@ def _link_or_rename(source: str, target: str) -> None:
     except (FileExistsError, FileNotFoundError):
         return  # made by somebody; or removed, and the next look finds that
     except OSError:  # the file system has no links
-        if not os.path.lexists(target):
+        if not is_there(target):
             os.rename(source, target)

@@ -9,6 +9,7 @@ What is built upon this, each layer on the one before: `chest.changes`, `chest.l
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from collections.abc import Hashable
 from typing import Any, NoReturn, Self
 
 from chest.columns import is_plain
-from chest.errors import ChestClosedError, KeyTypeError, say, told
+from chest.errors import ChestClosedError, KeyTypeError, locating, say, told
 from chest.eviction import Eviction
 from chest.hands import Hands
 from chest.ledger import Ledger
@@ -34,8 +35,8 @@ from chest.store import Store
 
 logger = logging.getLogger("chest")
 
+OPENING_BYTES = 4096  # about what a directory with an empty index takes
 PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of these can be"
-TEMPORARY_BYTES = 4096  # about what a directory with an empty index takes
 NEVER = -1  # what the head never holds: every operation finds a difference, and catches up
 
 MISSING: Any = object()
@@ -190,10 +191,9 @@ class Residents(ABC):
         try:
             store = self._open_store(path)
             self._owner = os.getpid()
-        except OSError as error:
-            message = told(error, path, TEMPORARY_BYTES)
+        except OSError:
             shutil.rmtree(path, ignore_errors=True)
-            raise message from error
+            raise
         except BaseException:
             self.path, self._store = None, None
             shutil.rmtree(path)
@@ -201,7 +201,13 @@ class Residents(ABC):
         return store
 
     def _open_store(self, path: str, *, reopen: bool = False) -> Store:
-        store = Store(path, self.serializer, self.options, reopen=reopen)
+        try:
+            with locating(path):
+                store = Store(path, self.serializer, self.options, reopen=reopen)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise told(error, path, OPENING_BYTES) from error
         store.ledger.inherit(self.ledger)
         self.path, self._store, self.readonly = path, store, store.readonly
         self._look(store)

@@ -101,9 +101,10 @@ class Saving(Loading):
             some = min(4 * some, STEP) if _nbytes(dumped) < STREAM_BYTES else max(some // 4, 1)
             try:
                 batch.add([*streams], [*streams.values()])
-            except OSError as error:
+            except OSError as refused:
+                error = told(refused, self.store.directory.path, STEP * PACKED)
                 if stop:
-                    raise told(error, self.store.directory.path, STEP * PACKED) from error
+                    raise error from refused
                 unsaved.update(dict.fromkeys(streams, error))
         if len(batch) < MANY:
             for key in [key for key in batch.streams if not self.ledger.is_packed(key)]:

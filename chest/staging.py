@@ -164,23 +164,21 @@ class Batch:
         for key in keys:
             self.streams.pop(key, None)
             if key in self.files:
-                self._unlink(self.files.pop(key).path)
+                self._remove([self.files.pop(key).path])
         if keys:
             for pack in self.packs:
                 pack.keys = [GONE if key in keys else key for key in pack.keys]
 
     def discard(self) -> None:
         """Remove every staging file; what was committed has other names by now."""
-        for staged in self.files.values():
-            self._unlink(staged.path)
         for pack in self.packs:
             with suppress(OSError):
                 pack.close(fsync=False)
-            self._unlink(pack.path)
+        staged = [file.path for file in self.files.values()]
+        self._remove(staged + [pack.path for pack in self.packs])
         self.files, self.streams, self.packs, self._nbytes = {}, {}, [], 0
 
-    def _unlink(self, path: str) -> None:
+    def _remove(self, paths: list[str]) -> None:
         # In a forked child, what was staged before is the parent's.
-        if self._owner == os.getpid() or not self._directory.staged(path):
-            with suppress(OSError):  # a sweep removes it when it is old
-                os.unlink(path)
+        mine, staged = self._owner == os.getpid(), self._directory.staged
+        self._directory.remove_staged(path for path in paths if mine or not staged(path))

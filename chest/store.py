@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from chest.blocks import Steps, block
 from chest.columns import Entry, Puts
-from chest.directory import Names, remove_quietly, sync_file
+from chest.directory import Names, is_there, remove_quietly, sync_file
 from chest.errors import told
 from chest.filenames import pack_number
 from chest.options import Options
@@ -109,7 +109,7 @@ class Store(Upkeep):
             return Staged(path, length, digest)
         except BaseException as error:
             if not self.index.abandoned:  # else it is the parent's
-                remove_quietly(path)
+                self.directory.remove_staged([path])
             if isinstance(error, OSError):
                 raise told(error, self.directory.path, size) from error
             raise
@@ -129,7 +129,7 @@ class Store(Upkeep):
             if self._fsync:
                 sync_file(path)
         except BaseException:
-            remove_quietly(path)
+            self.directory.remove_staged([path])
             raise
         self.write_like(other)
         return Staged(path, entry.length, entry.digest)
@@ -316,7 +316,7 @@ class Store(Upkeep):
 
     def drop(self) -> None:
         """Remove every file that the chest wrote, and the directory if nothing else is in it."""
-        if os.path.lexists(self.index.path):  # else an interrupt came after the last line
+        if is_there(self.index.path):  # else an interrupt came after the last line
             with self.index.locked():
                 self.catch_up()
                 self.ledger.clear()

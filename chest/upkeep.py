@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from itertools import count
 
 from chest.columns import Entry, FrameError, is_plain, own_entries
+from chest.directory import is_there
 from chest.errors import KeyTypeError
 from chest.filenames import is_safe_filename, pack_number
 from chest.ledger import Ledger
@@ -83,7 +83,7 @@ class Upkeep(Reading, ABC):
     def _is_foreign(self, entry: Entry) -> bool:
         """Tell whether a file that should have gone is another than the one that we wrote."""
         path = self.directory.full_path(entry.file)
-        if not os.path.lexists(path):
+        if not is_there(path):
             return False
         try:
             return self.serializer.measure(path) != (entry.length, entry.digest)
@@ -162,8 +162,15 @@ class Upkeep(Reading, ABC):
             seen.add(entry.file)
             entries[key] = entry
         ledger.take(entries)
-        self.index.replace(ledger.snapshot(), self.directory.staging_path())
+        self._replace_index(ledger)
         self.catch_up()
+
+    def _replace_index(self, ledger: Ledger) -> None:
+        scratch = self.directory.staging_path()
+        try:
+            self.index.replace(ledger.snapshot(), scratch)
+        finally:
+            self.directory.remove_staged([scratch])
 
     def _copy_shared(self, entry: Entry, named: set[str]) -> Entry:
         """Give a value a file of its own that had one with another key."""
@@ -171,7 +178,7 @@ class Upkeep(Reading, ABC):
             copy = entry._replace(file=f"{entry.file}~{n}")
             path = self.directory.full_path(copy.file)
             # One that is there already, and no other's, is from a try that a crash ended.
-            if copy.file in named or (os.path.lexists(path) and self._is_foreign(copy)):
+            if copy.file in named or (is_there(path) and self._is_foreign(copy)):
                 continue
             named.add(copy.file)
             with suppress(FileNotFoundError):  # then both keys have lost their value
@@ -185,7 +192,7 @@ class Upkeep(Reading, ABC):
         if dead < max(len(ledger.rows), self._compact_from) or ledger.unreadable:
             return
         try:
-            self.index.replace(ledger.snapshot(), self.directory.staging_path())
+            self._replace_index(ledger)
         except OSError as error:
             logger.warning("the index %s could not be compacted: %s", self.index.path, error)
             self._compact_from = 2 * dead

@@ -1201,14 +1201,14 @@ def test_who_is_interrupted_while_it_waits_for_another_load_has_the_lock_again(p
         c._check()
 
 
-@pytest.mark.parametrize("name", ["put", "get", "start_new_thread"])
+@pytest.mark.parametrize("name", ["start", "join", "start_new_thread"])
 @pytest.mark.parametrize("times", [1, 2, 5])
 def test_a_prefetch_that_is_interrupted_ends(path, name, times):
     with Chest({n: [n] * 1000 for n in range(40)}, path):
         pass
     with Chest(path=path) as c:
         with suppress(KeyboardInterrupt):
-            for caller in ("_read_in_threads", "start"):
+            for caller in ("_fetch_in_threads", "start"):
                 with interrupted_after(name, caller, times):
                     c.prefetch(range(40))
         assert dict(c) == {n: [n] * 1000 for n in range(40)}
