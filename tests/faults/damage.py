@@ -1,0 +1,70 @@
+"""What the tests of damage share: files as bytes, little memory, how much is tried."""
+
+from __future__ import annotations
+
+import os
+import random
+from contextlib import contextmanager
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+FULL = os.environ.get("CHEST_FAULTS") == "all"
+SEED = 20261126
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def write(path, data):
+    """Make a file hold `data`; in place, since ext4 writes out what is cut to nothing first."""
+    with open(path, "r+b" if os.path.exists(path) else "xb") as file:
+        file.write(data)
+        file.truncate()
+
+
+def tree(path):
+    """Return the files below `path` with what they hold, and whatever is none as what it is."""
+    found = {}
+    for folder, folders, names in os.walk(path):
+        for name in folders + names:
+            full = os.path.join(folder, name)
+            if os.path.islink(full):
+                content = "link to " + os.readlink(full)
+            elif os.path.isfile(full):
+                content = read(full)
+            else:
+                content = "folder" if os.path.isdir(full) else "special"
+            found[os.path.relpath(full, path).replace(os.sep, "/")] = content
+    return found
+
+
+def some(points, n):
+    """Return all of `points` in the long form, else `n` of them, the same in every run."""
+    points = list(points)
+    return points if FULL or len(points) <= n else sorted(random.Random(SEED).sample(points, n))
+
+
+@contextmanager
+def little_memory(room):
+    """Let this process ask the system for no more than `room` bytes, address space included."""
+    if resource is None or not os.path.exists("/proc/self/statm"):
+        yield
+        return
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def peak():
+    """Return how many bytes of memory this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
