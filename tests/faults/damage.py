@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from contextlib import contextmanager
 
 try:
@@ -68,3 +69,23 @@ def little_memory(room):
 def peak():
     """Return how many bytes of memory this process has had at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
+
+
+class Hung(BaseException):
+    """Something took too long."""
+
+
+@contextmanager
+def in_time(seconds):
+    """Raise `Hung` where something waits or works for longer than that."""
+
+    def interrupt(number, frame):
+        raise Hung(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
