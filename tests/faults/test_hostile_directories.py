@@ -197,7 +197,7 @@ PLACES = {  # with the keys of the values there
 def fill(path, options):
     """Make a chest with a value of each kind, and return what it holds."""
     with Chest(path=path, **options) as c:
-        c.update({"x": [1], ("a", "b"): [2], "large": list(range(30_000))})
+        c.update({"x": [1], ("a", "b"): [2], "large": ["large" * 15_000]})
         c.flush()
         if options is not GZIP:
             c.update((key, [key]) for key in PLACES[".pack-1"])
@@ -411,6 +411,26 @@ def test_what_a_commit_left_is_another_file_by_now(path, outside):
             assert asked(add, path) is None
             assert read(os.path.join(path, name)) == b"mine"
             shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("make", [with_leavings, with_a_commit_that_died])
+@pytest.mark.parametrize(
+    "thing",
+    [
+        pytest.param(pipe, marks=known("what may be somebody's is read, a pipe too", Hung)),
+        pytest.param(endless, marks=known("what may be somebody's is read to its end", Hung)),
+        *THINGS[2:],
+    ],
+)
+def test_what_a_commit_left_is_no_file_by_now(path, outside, make, thing):
+    untouched = tree(outside)
+    for ask in WRITING:
+        make(path, outside, "left")
+        thing(os.path.join(path, "left"), outside)
+        assert asked(ask, path) is None
+        assert os.path.lexists(os.path.join(path, "left"))
+        assert tree(outside) == untouched
+        shutil.rmtree(path)
 
 
 # -- numbers that are huge ------------------------------------------------------------------------
