@@ -96,7 +96,7 @@ def in_time(seconds):
         raise Hung(f"not done after {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again where cleaning up waits, too
     try:
         yield
     finally:

@@ -31,7 +31,7 @@ GZIP = {"open": gzip.open}
 KINDS = [{}, JSON, GZIP]
 CLEAR = (ChestError, OSError)
 ROOM = 256 << 20
-SOON = 1.0  # seconds
+SOON = 0.7  # seconds
 OLD = os.path.join(os.path.dirname(os.path.dirname(__file__)), "old_chests")
 
 pytestmark = pytest.mark.timeout(600)
@@ -428,7 +428,8 @@ def test_what_a_commit_left_is_no_file_by_now(path, outside, make, thing):
         make(path, outside, "left")
         thing(os.path.join(path, "left"), outside)
         assert asked(ask, path) is None
-        assert os.path.lexists(os.path.join(path, "left"))
+        # A link to the very bytes that were written passes for ours; it goes itself alone.
+        assert os.path.lexists(os.path.join(path, "left")) or thing is link_out
         assert tree(outside) == untouched
         shutil.rmtree(path)
 
