@@ -25,7 +25,7 @@ from damage import FULL, SEED, little_memory, measured_peak, read, some, tree, w
 
 import chest.serialize
 import chest.upkeep
-from chest import Chest, ChestError, CorruptIndexError
+from chest import Chest, ChestError, CorruptIndexError, CorruptValueError
 
 JSON = {"dump": json.dump, "load": json.load}
 ROOM = 256 << 20  # bytes of address space that a damaged chest may ask for
@@ -198,20 +198,23 @@ class Subject:
             return True
         with c:
             assert [*c] == [*self.expected]
+            together = self.together(c) if readonly else None  # read ahead, nothing in memory yet
             lost = [key for key in self.expected if not self.right(c, key, wrong)]
-            try:
-                together = {key: repr(value) for key, value in c.items()}
-            except ChestError as error:
-                assert error.key in lost
-            else:
-                assert together == self.expected
-                assert not lost
+            together = together or self.together(c)
+            assert together in lost if lost else together == self.expected
         return bool(lost)
+
+    def together(self, c):
+        """Get everything in one go; return the key of the first that is wrong, if one is."""
+        try:
+            return {key: repr(value) for key, value in c.items()}
+        except CorruptValueError as error:
+            return error.key
 
     def right(self, c, key, wrong):
         try:
             value = c[key]
-        except ChestError as error:
+        except CorruptValueError as error:
             assert error.key == key
             assert error.path in wrong
             assert error.path in str(error)
