@@ -123,7 +123,7 @@ class Directory:
 
     def _remove(self, name: str) -> bool:
         full = self.full_path(name)
-        if self._leads_out(name):
+        if self.leads_out(name):
             return True  # it is somebody else's by now
         try:
             os.unlink(full)
@@ -136,7 +136,7 @@ class Directory:
             folder = os.path.dirname(folder)
         return True
 
-    def _leads_out(self, name: str) -> bool:
+    def leads_out(self, name: str) -> bool:
         """Tell whether a folder on the way to a file is a link."""
         folders = name.split("/")[:-1]
         ways = ("/".join(folders[: n + 1]) for n in range(len(folders)))
@@ -144,9 +144,13 @@ class Directory:
 
     def missing_folders(self, names: Iterable[str]) -> set[str]:
         """Return those folders on the way to `names` that are not there."""
-        folders = {name.rpartition("/")[0] for name in names}
-        missing = {name for name in folders if name and not os.path.isdir(self._join(name))}
-        return missing | (self.missing_folders(missing) if missing else set())
+        missing: set[str] = set()
+        for name in names:
+            folder = name.rpartition("/")[0]
+            while folder and folder not in missing and not os.path.isdir(self._join(folder)):
+                missing.add(folder)
+                folder = folder.rpartition("/")[0]
+        return missing
 
     def _join(self, name: str) -> str:
         return os.path.join(self.path, name)

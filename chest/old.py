@@ -29,7 +29,7 @@ def read_old_index(directory: Directory, serializer: Serializer) -> dict[Any, En
         with serializer.open(directory.index, mode="rb") as file:
             content = serializer.read_unrecorded(file)
         names = {_key(key): _name(name) for key, name in _pairs(content)}
-    except (UnloadableError, TypeError, ValueError, EOFError) as error:
+    except (UnloadableError, TypeError, ValueError, EOFError, MemoryError) as error:
         reason = f"it is no index of this version, nor one of 0.2.3 for {serializer.name} ({error})"
         raise CorruptIndexError(directory.index, reason) from error
     return {key: _measured(directory, serializer, name) for key, name in names.items()}

@@ -12,6 +12,7 @@ from typing import Any
 from chest.columns import Entry, FrameError
 from chest.directory import INDEX, Directory, make_folders, remove_quietly, sync_folder
 from chest.errors import CorruptIndexError, CorruptValueError, SerializerError
+from chest.files import NO_FILE
 from chest.index import Index, write_log
 from chest.ledger import Ledger
 from chest.old import read_old_index
@@ -19,6 +20,7 @@ from chest.options import Options
 from chest.packs import Packs
 from chest.serialize import DamagedError, Serializer, UnloadableError, difference, digest_bytes
 
+_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 TRIES = 100  # times to open a directory that others drop and make
 
 
@@ -166,8 +168,11 @@ class Reading:
                 mine = self.serializer.name
                 raise SerializerError(key, path, str(error), mine, names) from error
             raise CorruptValueError(key, path, str(error)) from error
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise CorruptValueError(key, path, "the file is gone") from error
+        except OSError as error:
+            if error.errno not in _NOWHERE:
+                raise
+            reason = NO_FILE if error.strerror == NO_FILE else "the file is gone"
+            raise CorruptValueError(key, path, reason) from error
 
 
 def demand(path: str) -> None:
