@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 
 from chest.errors import CorruptIndexError
 from chest.filenames import digest_name, is_safe_filename, pack_number, stays_inside
+from chest.files import starts_with
 
 INDEX = ".keys"
+PICKLE = b"\x80\x05"  # how a pickle of protocol 5 begins
 ABANDONED = 3600  # seconds after which the staging file of another process is nobody's
 NAME_BYTES = 240  # in UTF-8; leaves room for what makes a name unique
 TRIES = 9
@@ -135,6 +137,11 @@ class Directory:
         while folder != self.path and _remove_folder(folder):
             folder = os.path.dirname(folder)
         return True
+
+    def find_pack(self) -> str:
+        """Return the path of a pack with pickles in it, nothing if there is none."""
+        packs = (self._join(name) for name in os.listdir(self.path) if pack_number(name))
+        return next((path for path in packs if starts_with(path, PICKLE)), "")
 
     def leads_out(self, name: str) -> bool:
         """Tell whether a folder on the way to a file is a link."""

@@ -8,24 +8,46 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from io import FileIO
 from stat import S_ISREG
 
 NO_FILE = "what has its name is no file"
 
 
-def demand_file(path: str) -> None:
-    """Look before a file is read.
+def demand_file(path: str) -> int:
+    """Look before a file is read; return how many bytes it has.
 
     Raises
     ------
     FileNotFoundError
-        If something else is there, or a link to something else.
+        If there is none, or something else, or a link to something else.
     OSError
         If the system does not tell.
     """
-    if not S_ISREG(os.stat(path).st_mode):
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise FileNotFoundError(errno.ENOENT, NO_FILE, path) from error
+        raise
+    if not S_ISREG(status.st_mode):
         raise FileNotFoundError(errno.ENOENT, NO_FILE, path)
+    return status.st_size
+
+
+def is_own(path: str) -> bool:
+    """Tell whether what is there is a file, and no link to one."""
+    return S_ISREG(os.lstat(path).st_mode)
+
+
+def starts_with(path: str, start: bytes) -> bool:
+    """Tell whether a file that is there, and no link, begins with certain bytes."""
+    with suppress(OSError):
+        if is_own(path):
+            with open(path, "rb") as file:
+                return file.read(len(start)) == start
+    return False
 
 
 def own_size(path: str) -> int:
@@ -50,3 +72,25 @@ def demand_own(file: FileIO, path: str) -> None:
     status = os.lstat(path)
     if not (S_ISREG(status.st_mode) and os.path.samestat(status, os.fstat(file.fileno()))):
         raise FileNotFoundError(errno.ENOENT, NO_FILE, path)
+
+
+def write_new(path: str, data: bytes) -> None:
+    """Write a file that must not exist."""
+    with open(path, "xb", buffering=0) as file:
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
+
+
+def read_whole(path: str, length: int) -> bytes:
+    """Read a small file that should have `length` bytes, and one more if there is one."""
+    demand_file(path)
+    # Not os.open: an interrupt may come before its descriptor has a name.
+    with open(path, "rb", buffering=0) as file:
+        data = file.read(length + 1)
+        while 0 < len(data) < length:
+            more = file.read(length + 1 - len(data))
+            if not more:
+                break
+            data += more
+        return data

@@ -13,14 +13,14 @@ from chest.columns import Entry, FrameError
 from chest.directory import INDEX, Directory, make_folders, remove_quietly, sync_folder
 from chest.errors import CorruptIndexError, CorruptValueError, SerializerError
 from chest.files import NO_FILE
-from chest.index import Index, write_log
+from chest.frames import write_log
+from chest.index import Index
 from chest.ledger import Ledger
 from chest.old import read_old_index
 from chest.options import Options
 from chest.packs import Packs
 from chest.serialize import DamagedError, Serializer, UnloadableError, difference, digest_bytes
 
-_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 TRIES = 100  # times to open a directory that others drop and make
 
 
@@ -63,6 +63,7 @@ class Reading:
     def _make_writable(self) -> bool:
         """Make the index if there is none; tell whether it and the directory can be written."""
         if not os.path.lexists(self.directory.index):
+            self._demand_no_packs()
             staged = self.directory.staging_path()
             try:
                 write_log(staged, [], fsync=self._fsync)
@@ -71,6 +72,14 @@ class Reading:
                 remove_quietly(staged)
             return True
         return os.access(self.directory.path, os.W_OK) and os.access(self.directory.index, os.W_OK)
+
+    def _demand_no_packs(self) -> None:
+        """Begin no new chest where packs tell of one that has lost its index."""
+        pack = self.directory.find_pack()
+        # Another process may have made, or dropped, a chest meanwhile.
+        if pack and not os.path.lexists(self.directory.index) and os.path.lexists(pack):
+            reason = f"it is gone, and {os.path.basename(pack)} has values of a chest"
+            raise CorruptIndexError(self.directory.index, reason)
 
     def close(self) -> None:
         """Let go of the index."""
@@ -168,9 +177,7 @@ class Reading:
                 mine = self.serializer.name
                 raise SerializerError(key, path, str(error), mine, names) from error
             raise CorruptValueError(key, path, str(error)) from error
-        except OSError as error:
-            if error.errno not in _NOWHERE:
-                raise
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             reason = NO_FILE if error.strerror == NO_FILE else "the file is gone"
             raise CorruptValueError(key, path, reason) from error
 

@@ -32,12 +32,13 @@ import xxhash
 
 from chest.buffers import PickleReader
 from chest.directory import keep_from_children
-from chest.files import demand_file
+from chest.files import demand_file, read_whole, write_new
 from chest.streams import HashingReader, HashingWriter
 
 SMALL = 64 * 1024  # bytes; below, a stream is made and read in one piece
 KEPT = 4 << 20  # bytes of a pickle that are kept until it is known to be right
 KEPT_INFLATED = 64 << 20  # the same, of one that takes long to be read once more
+GROWN, ROOM = 16, 64 << 20  # times, and bytes, by which a file may exceed the stream in it
 
 Dump = Callable[[Any, IO[Any]], object]
 Load = Callable[[IO[Any]], Any]
@@ -301,11 +302,12 @@ class Serializer:
 
     def measure(self, path: str, limit: int = sys.maxsize) -> tuple[int, int]:
         """Return the length, if not above `limit`, and the digest of the stream in `path`."""
-        with self._open_file(path) as file:
+        with self._open_file(path, limit) as file:
             return HashingReader(file).finish(limit)
 
-    def _open_file(self, path: str) -> IO[Any]:
-        demand_file(path)
+    def _open_file(self, path: str, length: int) -> IO[Any]:
+        if (size := demand_file(path)) > GROWN * length + ROOM:
+            raise DamagedError(f"its file has {size} bytes, where {length} were written")
         return self.open(path, mode="rb")
 
     def read(self, path: str, length: int, digest: int) -> tuple[Any, bool]:
@@ -327,11 +329,11 @@ class Serializer:
             If the file cannot be read.
         """
         if self.direct and length < SMALL:
-            data = _read_small(path, length)
+            data = read_whole(path, length)
             if len(data) != length or digest_bytes(data) != digest:
                 raise DamagedError(difference(length, len(data)))
             return _loaded(pickle.loads, data), False
-        with self._open_file(path) as file:
+        with self._open_file(path, length) as file:
             return self.read_from(file, length, digest)
 
     def read_from(self, file: IO[Any], length: int, digest: int) -> tuple[Any, bool]:
@@ -452,25 +454,3 @@ def _said(error: BaseException) -> str:
 
 def _is_disk_error(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_ERRNOS
-
-
-def write_new(path: str, data: bytes) -> None:
-    """Write a file that must not exist."""
-    with builtins.open(path, "xb", buffering=0) as file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
-
-
-def _read_small(path: str, length: int) -> bytes:
-    """Read a file that should have `length` bytes, and one more to see that it has no more."""
-    demand_file(path)
-    # Not os.open: an interrupt may come before its descriptor has a name.
-    with builtins.open(path, "rb", buffering=0) as file:
-        data = file.read(length + 1)
-        while 0 < len(data) < length:
-            more = file.read(length + 1 - len(data))
-            if not more:
-                break
-            data += more
-        return data

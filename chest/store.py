@@ -30,10 +30,10 @@ from chest.columns import Entry, Puts
 from chest.directory import Names, remove_quietly, sync_file
 from chest.errors import told
 from chest.filenames import pack_number
-from chest.files import demand_file
+from chest.files import demand_file, write_new
 from chest.options import Options
 from chest.packs import PACK_BYTES
-from chest.serialize import Serializer, digest_bytes, write_new
+from chest.serialize import Serializer, digest_bytes
 from chest.staging import Batch, Staged
 from chest.upkeep import Upkeep
 
