@@ -19,7 +19,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby, repeat
 from typing import Any
 
-from chest.columns import Block, Entry, Frame, FrameError, Keys, Puts, decode, encode
+from chest.columns import Block, Entry, Frame, FrameError, Keys, Puts, Unread, decode, encode
 from chest.filenames import pack_number
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
@@ -243,7 +243,7 @@ class Ledger:
 
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
-        rows = self.committed_rows()
+        rows = self.committed_rows() | {Unread(data): n for data, n in self.unreadable.items()}
         by_file = sorted(rows.items(), key=self._pack_and_place)
         blocks = []
         for pack, group in groupby(by_file, lambda item: self._pack_of(item[1])):
@@ -312,7 +312,7 @@ class Ledger:
         FrameError
             If the payload is not a frame's.
         """
-        frame = decode(payload)
+        frame = decode(payload, trusted=self.trusted)
         self._apply_head(frame)
         if frame.first:  # what earlier commits deleted, too, may come back as a new key
             self._deleted = {key: row for key, row in self._deleted.items() if row >= 0}

@@ -186,8 +186,9 @@ class Upkeep(Reading, ABC):
 
     def _compact_if_due(self) -> None:
         ledger = self.ledger
-        dead = ledger.records + FRAME_RECORDS * self.index.frames - len(ledger.rows)
-        if dead < max(len(ledger.rows), self._compact_from) or ledger.unreadable:
+        alive = len(ledger.rows) + len(ledger.unreadable)
+        dead = ledger.records + FRAME_RECORDS * self.index.frames - alive
+        if dead < max(alive, self._compact_from):
             return
         try:
             self.index.replace(ledger.snapshot(), self.directory.staging_path())
