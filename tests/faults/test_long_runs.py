@@ -269,7 +269,6 @@ def test_temporary_chests(path, gauge):
         gauge.stop(sum(parts(3000)))
 
 
-@pytest.mark.xfail(reason="an index with a key that cannot be read is never written anew")
 def test_a_chest_with_a_key_that_cannot_be_read(path, gauge):
     options = {"dump": json.dump, "load": json.load}
     with Chest({dt.date(2026, 11, 26): 0}, path=path):
