@@ -25,6 +25,7 @@ from chest.opcodes import demand_plain
 
 SURE = {str, bytes, int, bool, type(None)}  # keys of these types come back as they were
 _ATOMS = SURE | {float}
+_WITH_NAN = {float, tuple, frozenset}  # what may be a nan, or have one in it
 SERIALS = 1 << 63  # so many can be given
 PARTS = 1 << 20  # of a plain key that has tuples in it: each is looked at for its hash
 CHECKED = 1 << 16  # bytes of a frame, up to which the opcodes of a trusted one are looked at, too
@@ -302,7 +303,7 @@ def _keys(plain: list[Any], pickled: list[bytes]) -> Keys:
     kinds = {*map(type, plain)}
     if not kinds <= _ATOMS and not all(map(is_plain, plain)):
         raise FrameError("it has a key that is not plain")
-    if kinds & {float, tuple, frozenset}:
+    if kinds & _WITH_NAN:
         without: set[int] = set()
         if any(_has_nan(key, without) for key in plain):
             made: dict[int, Any] = {}
@@ -316,7 +317,7 @@ def _has_nan(key: Any, without: set[int]) -> bool:
     """Tell whether a key is, or has, a nan; `without` are the tuples seen before that have none."""
     if type(key) is not tuple and type(key) is not frozenset:
         return type(key) is float and math.isnan(key)
-    if id(key) not in without:
+    if not _WITH_NAN.isdisjoint(map(type, key)) and id(key) not in without:
         if any(_has_nan(part, without) for part in key):
             return True
         without.add(id(key))

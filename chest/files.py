@@ -6,6 +6,7 @@ wherever it leads. So whatever opens a file looks first.
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 from contextlib import suppress
@@ -45,7 +46,7 @@ def starts_with(path: str, start: bytes) -> bool:
     """Tell whether a file that is there, and no link, begins with certain bytes."""
     with suppress(OSError):
         if is_own(path):
-            with open(path, "rb") as file:
+            with builtins.open(path, "rb") as file:
                 return file.read(len(start)) == start
     return False
 
@@ -76,7 +77,7 @@ def demand_own(file: FileIO, path: str) -> None:
 
 def write_new(path: str, data: bytes) -> None:
     """Write a file that must not exist."""
-    with open(path, "xb", buffering=0) as file:
+    with builtins.open(path, "xb", buffering=0) as file:
         view = memoryview(data)
         while view:
             view = view[file.write(view) :]
@@ -86,7 +87,7 @@ def read_whole(path: str, length: int) -> bytes:
     """Read a small file that should have `length` bytes, and one more if there is one."""
     demand_file(path)
     # Not os.open: an interrupt may come before its descriptor has a name.
-    with open(path, "rb", buffering=0) as file:
+    with builtins.open(path, "rb", buffering=0) as file:
         data = file.read(length + 1)
         while 0 < len(data) < length:
             more = file.read(length + 1 - len(data))

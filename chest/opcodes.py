@@ -18,10 +18,12 @@ _FIXED = {0x95: 9}  # the head of a pickle's own frames
 _REFUSED = b"\x93ciPQ"  # names and persistent ids: the unpickler says which, and goes no further
 _END = 0x2E
 
-_str = b"|".join(b"\x8c%b.{%d}" % (re.escape(bytes([n])), n) for n in range(_SHORT))
-_atoms = rb"[N\x88\x89)]|K.|M..|J.{4}|G.{8}|\x8a(?:\x05.{5}|\x08.{8}|\x09.{9})"
-_parts = rb"[(\]\x85-\x87\x91aet]|h.|j.{4}"
-_run = re.compile(rb"(?:\x94|%b|%b|%b){1,4096}" % (_str, _atoms, _parts), re.DOTALL).match
+_str = b"|".join(b"%b.{%d}" % (re.escape(bytes([n])), n) for n in range(_SHORT))
+_run = re.compile(
+    rb"(?:\x94|[(\]\x85-\x87\x91aetN\x88\x89)]|[Kh].|M..|[Jj].{4}|G.{8}|\x8c(?:%b)"
+    rb"|\x8a(?:\x05.{5}|\x08.{8}|\x09.{9})){1,4096}" % _str,
+    re.DOTALL,
+).match
 
 
 def demand_plain(payload: bytes) -> None:
