@@ -332,7 +332,6 @@ def refuse(tmp_path):
         yield refuse
 
 
-@pytest.mark.xfail(strict=True, reason="it is a SerializerError, which says to use another load")
 def test_a_read_of_a_large_value_that_fails_once_is_told_as_what_it_is(path, refuse):
     with opened(path) as c:
         c["x"] = np.arange(50_000)
@@ -374,7 +373,6 @@ def test_staging_files_that_could_not_be_removed_go_with_the_next_commit(path, r
         assert not staging_files(path)
 
 
-@pytest.mark.xfail(strict=True, reason="one that cannot be removed keeps others open")
 def test_a_staged_pack_is_closed_where_nothing_can_be_removed(path, refuse):
     with opened(path) as c:
         c["x"] = bytes(100_000)
