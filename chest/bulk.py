@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from chest.columns import Entry
 from chest.errors import CorruptValueError, UnsavedError
+from chest.files import demand_file
 from chest.ledger import UNSAVED, Ledger
 from chest.memory import Memory
 from chest.residents import MISSING
@@ -108,6 +109,8 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
         del wanted[:MAX_OPEN_FILES]
         paths = [memory.store.directory.full_path(entry.file) for _, entry in batch]
         try:
+            for path in paths:
+                demand_file(path)
             with open_many(paths, mode="rb") as files:
                 for (key, entry), file in zip(batch, files, strict=True):
                     if memory.options.on_miss is not None:

@@ -21,10 +21,14 @@ from itertools import accumulate, count, islice
 from typing import Any, NamedTuple
 
 from chest.filenames import pack_number
+from chest.opcodes import demand_plain
 
 SURE = {str, bytes, int, bool, type(None)}  # keys of these types come back as they were
 _ATOMS = SURE | {float}
+_WITH_NAN = {float, tuple, frozenset}  # what may be a nan, or have one in it
 SERIALS = 1 << 63  # so many can be given
+PARTS = 1 << 20  # of a plain key that has tuples in it: each is looked at for its hash
+CHECKED = 1 << 16  # bytes of a frame, up to which the opcodes of a trusted one are looked at, too
 
 Packed = tuple[str, bytes]
 
@@ -56,7 +60,18 @@ class Keys(NamedTuple):
         kinds: tuple[list[Any], list[Any]] = ([], [])
         for key in keys:
             kinds[not is_plain(key)].append(key)
-        return cls(kinds[0], [pickle.dumps(key, 5) for key in kinds[1]])
+        return cls(kinds[0], [_pickled(key) for key in kinds[1]])
+
+
+class Unread:
+    """Stands for a key that cannot be read here, and is written as it was: as these bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+def _pickled(key: Any) -> bytes:
+    return key.data if type(key) is Unread else pickle.dumps(key, 5)
 
 
 class Puts(NamedTuple):
@@ -191,11 +206,31 @@ def is_plain(key: Hashable) -> bool:
     kind = type(key)
     if kind in _ATOMS:
         return True
+    if kind is not tuple and kind is not frozenset:
+        return False
+    parts: Any = key
     try:
-        parts: Any = key  # iterable, if it is one of these
-        return (kind is tuple or kind is frozenset) and all(map(is_plain, parts))
+        return _ATOMS.issuperset(map(type, parts)) or _count_parts(parts, {}) <= PARTS
     except RecursionError:  # nested so deeply that no pickle takes it either
         return False
+
+
+def _count_parts(key: Collection[Any], known: dict[int, float]) -> float:
+    """Count the parts of a key, each as often as it is there; infinitely many if one is not plain.
+
+    What is there several times is walked once: 60 pairs can add up to all there is time for.
+    """
+    total: float = 1
+    for part in key:
+        kind = type(part)
+        if kind in _ATOMS:
+            total += 1
+        elif kind is tuple or kind is frozenset:
+            total += known.get(id(part)) or _count_parts(part, known)
+        else:
+            return math.inf
+    known[id(key)] = total
+    return total
 
 
 def all_plain(keys: Collection[Any]) -> bool:
@@ -239,8 +274,8 @@ def _encode_block(serials: Sequence[int], puts: Puts) -> tuple[Any, ...]:
     )
 
 
-def decode(payload: bytes) -> Frame:
-    """Read a payload.
+def decode(payload: bytes, *, trusted: bool = False) -> Frame:
+    """Read a payload; one that is trusted, as what runs code anyway, is read quicker.
 
     Raises
     ------
@@ -248,6 +283,8 @@ def decode(payload: bytes) -> Frame:
         If it is not a frame's.
     """
     try:
+        if not trusted or len(payload) <= CHECKED:
+            demand_plain(payload)
         first, cleared, serializer, left, deleted, blocks = _Plain(io.BytesIO(payload)).load()
         if serializer is not None:
             name, text = serializer
@@ -264,31 +301,41 @@ def decode(payload: bytes) -> Frame:
 
 def _keys(plain: list[Any], pickled: list[bytes]) -> Keys:
     kinds = {*map(type, plain)}
-    if kinds & {float, tuple, frozenset} and any(map(_has_nan, plain)):
-        plain = [*map(_with_one_nan, plain)]
     if not kinds <= _ATOMS and not all(map(is_plain, plain)):
         raise FrameError("it has a key that is not plain")
+    if kinds & _WITH_NAN:
+        without: set[int] = set()
+        if any(_has_nan(key, without) for key in plain):
+            made: dict[int, Any] = {}
+            plain = [_with_one_nan(key, made) for key in plain]
     if not {*map(type, pickled)} <= {bytes}:
         raise FrameError("it has a key that is not a pickle")
     return Keys(plain, pickled)
 
 
-def _has_nan(key: Any) -> bool:
-    if type(key) is tuple or type(key) is frozenset:
-        return any(map(_has_nan, key))
-    return type(key) is float and math.isnan(key)
+def _has_nan(key: Any, without: set[int]) -> bool:
+    """Tell whether a key is, or has, a nan; `without` are the tuples seen before that have none."""
+    if type(key) is not tuple and type(key) is not frozenset:
+        return type(key) is float and math.isnan(key)
+    if not _WITH_NAN.isdisjoint(map(type, key)) and id(key) not in without:
+        if any(_has_nan(part, without) for part in key):
+            return True
+        without.add(id(key))
+    return False
 
 
-def _with_one_nan(key: Any) -> Any:
+def _with_one_nan(key: Any, made: dict[int, Any]) -> Any:
     """Make every nan the same object: as a key it is equal to nothing but that."""
-    if type(key) is tuple or type(key) is frozenset:
-        return type(key)(map(_with_one_nan, key))
-    return math.nan if _has_nan(key) else key
+    if type(key) is not tuple and type(key) is not frozenset:
+        return math.nan if type(key) is float and math.isnan(key) else key
+    if id(key) not in made:
+        made[id(key)] = type(key)(_with_one_nan(part, made) for part in key)
+    return made[id(key)]
 
 
 def as_read(key: Hashable) -> Hashable:
     """Return a key as it comes back from a payload; raises whatever its class does."""
-    read: Hashable = _with_one_nan(key) if is_plain(key) else pickle.loads(pickle.dumps(key, 5))
+    read: Hashable = _with_one_nan(key, {}) if is_plain(key) else pickle.loads(pickle.dumps(key, 5))
     return read
 
 

@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 
 from chest.errors import CorruptIndexError
 from chest.filenames import digest_name, is_safe_filename, pack_number, stays_inside
+from chest.files import is_there, starts_with
 
 INDEX = ".keys"
+PICKLE = b"\x80\x05"  # how a pickle of protocol 5 begins
 ABANDONED = 3600  # seconds after which the staging file of another process is nobody's
 NAME_BYTES = 240  # in UTF-8; leaves room for what makes a name unique
 TRIES = 9
@@ -133,7 +135,7 @@ class Directory:
 
     def _remove(self, name: str) -> bool:
         full = self.full_path(name)
-        if self._leads_out(name):
+        if self.leads_out(name):
             return True  # it is somebody else's by now
         try:
             os.unlink(full)
@@ -146,7 +148,12 @@ class Directory:
             folder = os.path.dirname(folder)
         return True
 
-    def _leads_out(self, name: str) -> bool:
+    def find_pack(self) -> str:
+        """Return the path of a pack with pickles in it, nothing if there is none."""
+        packs = (self._join(name) for name in os.listdir(self.path) if pack_number(name))
+        return next((path for path in packs if starts_with(path, PICKLE)), "")
+
+    def leads_out(self, name: str) -> bool:
         """Tell whether a folder on the way to a file is a link."""
         folders = name.split("/")[:-1]
         ways = ("/".join(folders[: n + 1]) for n in range(len(folders)))
@@ -154,9 +161,13 @@ class Directory:
 
     def missing_folders(self, names: Iterable[str]) -> set[str]:
         """Return those folders on the way to `names` that are not there."""
-        folders = {name.rpartition("/")[0] for name in names}
-        missing = {name for name in folders if name and not os.path.isdir(self._join(name))}
-        return missing | (self.missing_folders(missing) if missing else set())
+        missing: set[str] = set()
+        for name in names:
+            folder = name.rpartition("/")[0]
+            while folder and folder not in missing and not os.path.isdir(self._join(folder)):
+                missing.add(folder)
+                folder = folder.rpartition("/")[0]
+        return missing
 
     def _join(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -256,21 +267,6 @@ def make_folders(path: str) -> None:
         except FileExistsError:
             if not os.path.isdir(path):
                 raise
-
-
-def is_there(path: str) -> bool:
-    """Tell whether anything has a path, a link to nothing too.
-
-    Raises
-    ------
-    OSError
-        If the system does not tell: then the path must not pass for free.
-    """
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def remove_quietly(path: str) -> None:

@@ -31,6 +31,7 @@ _readable = re.compile(rf"(?!{_RESERVED})[_a-z][_a-z0-9]*", re.ASCII | re.IGNORE
 _safe = re.compile(rf"{_PART}(?:/{_PART})*", re.IGNORECASE).fullmatch
 _pack = re.compile(r"\.pack-([1-9][0-9]{0,17})", re.ASCII).fullmatch
 _address = re.compile(r"\bat 0x[0-9a-f]+", re.IGNORECASE).search
+_unspeakable = re.compile(r"[\0\ud800-\udfff]").search
 _words = re.compile(r"\w+|\W").findall
 
 
@@ -122,7 +123,7 @@ def pack_number(name: object) -> int:
 
 def stays_inside(name: object) -> bool:
     """Tell whether `name`, on this system, is a file below the directory that it is relative to."""
-    if not isinstance(name, str) or "\0" in name or (os.sep != "/" and os.sep in name):
+    if not isinstance(name, str) or _unspeakable(name) or (os.sep != "/" and os.sep in name):
         return False
     parts = name.split("/")
     return not os.path.splitdrive(name)[0] and all(part and part[0] != "." for part in parts)

@@ -1,11 +1,4 @@
-r"""The index file ``.keys``: an append-only log of frames behind a head of 16 bytes.
-
-::
-
-    magic   8 bytes   b'chest\x00\x01\n'
-    length  8 bytes   little-endian; bits 0-47 the committed length, 48-62 a checksum of it,
-                      bit 63 MOVED: this file was or is being replaced by a shorter one
-    frames  ...       u32 length of the payload, u32 crc32 of the payload, payload
+"""The index file ``.keys``: an append-only log; `chest.frames` has its format.
 
 The committed length says how much of the file counts. A frame is appended beyond it, and one
 store of 8 bytes raises it: that store is the commit (the design of Bitcask, Sheehy and Smith
@@ -27,26 +20,29 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from contextlib import suppress
 from io import FileIO
-from zlib import crc32
 
 from filelock import lock_descriptor, unlock_descriptor
 
 from chest.blocks import Steps, block
-from chest.directory import is_there
 from chest.errors import CorruptIndexError, locating
+from chest.files import is_own, is_there
+from chest.frames import (
+    HEAD,
+    MAGIC,
+    MOVED,
+    decode_length,
+    encode_length,
+    frame,
+    read_frames,
+    write_log,
+)
 
-MAGIC = b"chest\x00\x01\n"
-HEAD = 16
-FRAME_HEAD = 8
-MOVED = 1 << 63
 POLL = 0.002  # seconds between two tries to lock
 PATIENCE = 60.0  # seconds of waiting for the lock after which, and every time, it is said
 NOBODY = (0, (0, 0))
 DROPPED = "the chest there was dropped"
-_LENGTH = (1 << 48) - 1
 
 logger = logging.getLogger("chest")
 
@@ -72,39 +68,11 @@ def _open_file(path: str, mode: str) -> FileIO:
     return file
 
 
-def _checksum(length: int) -> int:
-    return crc32(length.to_bytes(6, "little")) & 0x7FFF
-
-
-def encode_length(length: int) -> int:
-    """Return the word that stands for a committed length of `length` bytes."""
-    return length | _checksum(length) << 48
-
-
 def _native(word: int) -> int:
     """Turn a little-endian word into what this machine reads from memory, and back."""
     if sys.byteorder == "little":
         return word
     return int.from_bytes(word.to_bytes(8, "little"), "big")
-
-
-def frame(payload: bytes) -> bytes:
-    """Return `payload` with its length and its checksum before it."""
-    return len(payload).to_bytes(4, "little") + crc32(payload).to_bytes(4, "little") + payload
-
-
-def split_frames(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the end of each frame and its payload, as far as the frames in `data` are whole."""
-    start = 0
-    while start + FRAME_HEAD <= len(data):
-        length = int.from_bytes(data[start : start + 4], "little")
-        checksum = int.from_bytes(data[start + 4 : start + 8], "little")
-        end = start + FRAME_HEAD + length
-        payload = data[start + FRAME_HEAD : end]
-        if end > len(data) or crc32(payload) != checksum:
-            return
-        yield end, payload
-        start = end
 
 
 class _ReplacedError(Exception):
@@ -145,7 +113,7 @@ class Index:
     OSError
         If the file cannot be opened.
     CorruptIndexError
-        If the file is of a newer format.
+        If the file is of a newer format, or is no file.
     """
 
     def __init__(self, path: str, *, readonly: bool, fsync: bool) -> None:
@@ -162,6 +130,8 @@ class Index:
 
     def _open(self) -> None:
         while True:
+            if not is_own(self.path):
+                raise CorruptIndexError(self.path, "it is a link, or no file at all")
             try:
                 self._adopt(_open_file(self.path, "rb" if self._readonly else "r+b"))
                 break
@@ -298,31 +268,23 @@ class Index:
         return anew, payloads
 
     def _decode(self, word: int) -> int:
-        length = word & _LENGTH
-        if (word & ~MOVED) != encode_length(length) or length < self._read_to:
+        length = decode_length(word)
+        if length < self._read_to:
             raise self._damage("the committed length in its head fails its checksum")
+        if length > self._size():
+            raise self._damage(f"it has {self._size()} bytes, where {length} were committed")
         return length
 
-    def _read(self, start: int, end: int) -> list[bytes]:
-        data = self._bytes(start, end)
-        frames = [*split_frames(data)]
-        payloads = [payload for _, payload in frames]
-        reached = frames[-1][0] if frames else 0
-        if reached != end - start:
-            self.frames += len(payloads)
-            raise self._damage(f"the frame at byte {start + reached} is not as written")
-        return payloads
+    def _size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
 
-    def _bytes(self, start: int, end: int | None) -> bytes:
+    def _read(self, start: int, end: int) -> list[bytes]:
         with locating(self.path):
-            self._file.seek(start)
-            if end is None:
-                return self._file.readall()
-            parts = []
-            while start < end and (part := self._file.read(end - start)):
-                parts.append(part)
-                start += len(part)
-            return b"".join(parts)
+            payloads, reached = read_frames(self._file, start, end)
+        if reached != end:
+            self.frames += len(payloads)
+            raise self._damage(f"the frame at byte {reached} is not as written")
+        return payloads
 
     def _damage(self, reason: str) -> CorruptIndexError:
         return CorruptIndexError(self.path, reason, self.frames)
@@ -336,7 +298,7 @@ class Index:
 
     def _is_current(self) -> bool:
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+            return os.path.samestat(os.lstat(self.path), os.fstat(self._file.fileno()))
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, DROPPED, self.path) from error
 
@@ -466,11 +428,11 @@ class Index:
 
     def overhangs(self) -> bool:
         """Tell whether something lies beyond the committed length, which a crash left."""
-        return os.fstat(self._file.fileno()).st_size > self._read_to
+        return self._size() > self._read_to
 
     def uncommitted(self) -> list[bytes]:
         """Return the payloads beyond the committed length; needs the lock."""
-        return [payload for _, payload in split_frames(self._bytes(self._read_to, None))]
+        return read_frames(self._file, self._read_to, self._size())[0]
 
     def cut(self, frames: int = 0) -> None:
         """Remove what lies beyond the committed length and `frames` more; needs the lock."""
@@ -573,13 +535,3 @@ class Index:
         if not self.foreign:
             word = _native(self.head[1])
             self.head[1] = _native(word | MOVED if moved else word & ~MOVED)
-
-
-def write_log(path: str, payloads: list[bytes], *, fsync: bool) -> None:
-    """Write a new log of `payloads` to the new file `path`."""
-    data = b"".join(map(frame, payloads))
-    with open(path, "xb") as file:
-        file.write(MAGIC + encode_length(HEAD + len(data)).to_bytes(8, "little") + data)
-        if fsync:
-            file.flush()
-            os.fsync(file.fileno())

@@ -15,11 +15,23 @@ import logging
 import operator
 import pickle
 from array import array
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby, repeat
 from typing import Any
 
-from chest.columns import Block, Entry, Frame, FrameError, Keys, Puts, decode, encode
+from chest.columns import (
+    Block,
+    Entry,
+    Frame,
+    FrameError,
+    Keys,
+    Puts,
+    Unread,
+    decode,
+    encode,
+    is_plain,
+)
 from chest.filenames import pack_number
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
@@ -243,7 +255,7 @@ class Ledger:
 
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
-        rows = self.committed_rows()
+        rows = self.committed_rows() | {Unread(data): n for data, n in self.unreadable.items()}
         by_file = sorted(rows.items(), key=self._pack_and_place)
         blocks = []
         for pack, group in groupby(by_file, lambda item: self._pack_of(item[1])):
@@ -312,7 +324,7 @@ class Ledger:
         FrameError
             If the payload is not a frame's.
         """
-        frame = decode(payload)
+        frame = decode(payload, trusted=self.trusted)
         self._apply_head(frame)
         if frame.first:  # what earlier commits deleted, too, may come back as a new key
             self._deleted = {key: row for key, row in self._deleted.items() if row >= 0}
@@ -481,8 +493,9 @@ class Ledger:
             keys, rows = [*self.rows], [*self.rows.values()]
             serials = self._serials_of(keys)
             order = sorted(range(len(keys)), key=serials.__getitem__)
-            if len({*serials}) < len(keys):  # several handles gave one: by commits
-                order.sort(key=lambda n: (serials[n], rows[n] < 0, rows[n]))
+            if len({*serials}) < len(keys):  # several handles gave one, and nobody knows who first
+                times = Counter(serials)
+                order.sort(key=lambda n: (serials[n], times[serials[n]] > 1 and _spell(keys[n])))
             sorted_rows = map(rows.__getitem__, order)
             self.rows = dict(zip(map(keys.__getitem__, order), sorted_rows, strict=True))
             self._in_order = True
@@ -534,3 +547,8 @@ def _in_batches(blocks: Iterable[tuple[list[int], Puts]]) -> Iterator[list[tuple
             room -= len(part)
     if batch:
         yield batch
+
+
+def _spell(key: Any) -> str:
+    """Return a text that orders keys in the same way always, and for everybody."""
+    return f"{type(key).__name__} {key!r}" if is_plain(key) else ""

@@ -18,14 +18,17 @@ from functools import partial
 from io import FileIO
 from itertools import accumulate
 
-from chest.directory import Directory, is_there, remove_quietly
+from chest.directory import Directory, remove_quietly
 from chest.filenames import pack_number
+from chest.files import demand_file, demand_own, is_there, own_size
 from chest.serialize import digest_bytes
 
 PACK_BYTES = 64 << 20  # a pack of so many bytes is full
 PACKED = 4096  # bytes; larger streams get files of their own
 MANY = 64  # values that have to leave memory together for a pack
 OPEN_PACKS = 64  # kept open for reading
+LONGEST = 2 * PACK_BYTES  # bytes that are read in one go, whatever an index says
+FURTHEST = 1 << 48  # bytes; no pack goes so far
 
 
 def write_all(file: FileIO, streams: Iterable[bytes]) -> int:
@@ -41,6 +44,7 @@ class _Reader(FileIO):
     """A file that closes when the last thread is done with it."""
 
     def __init__(self, path: str) -> None:
+        demand_file(path)
         super().__init__(path)
         self.read_at: Callable[[int, int], bytes]  # length, place
         if hasattr(os, "pread"):
@@ -82,7 +86,8 @@ class Packs:
             If the pack is gone, or the system refuses.
         """
         file = self._open.get(name) or self._reader(name)
-        data = file.read_at(length, place)
+        length = min(length, max(os.fstat(file.fileno()).st_size - place, 0), LONGEST)
+        data = file.read_at(length, place) if length else b""
         while 0 < len(data) < length:
             more = file.read_at(length - len(data), place + len(data))
             if not more:
@@ -93,7 +98,7 @@ class Packs:
     def peek(self, name: str, place: int, length: int, digest: int) -> bytes | None:
         """Return a stream if its pack is open and holds it as it was written, else None."""
         file = self._open.get(name)
-        if file is None:
+        if file is None or length > PACKED or place >= FURTHEST:
             return None
         data = file.read_at(length, place)
         return data if digest_bytes(data) == digest and len(data) == length else None
@@ -130,11 +135,8 @@ class Packs:
     # -- writing; needs the lock of the index ----------------------------------------------------
 
     def size(self, name: str) -> int:
-        """Return how many bytes a pack has, 0 if it is gone."""
-        try:
-            return os.stat(self._directory.full_path(name)).st_size
-        except FileNotFoundError:
-            return 0
+        """Return how many bytes a pack has, 0 if it is gone or something else has its name."""
+        return own_size(self._directory.full_path(name))
 
     def append(self, name: str, place: int, streams: Iterable[bytes], *, fsync: bool) -> None:
         """Write values to the end of a pack, which is at `place`; a new pack begins with 0.
@@ -144,7 +146,9 @@ class Packs:
         OSError
             If the disk refuses; the caller owes it to `cut`.
         """
-        with FileIO(self._directory.full_path(name), "r+" if place else "x") as file:
+        path = self._directory.full_path(name)
+        with FileIO(path, "r+" if place else "x") as file:
+            demand_own(file, path)
             file.seek(place)
             write_all(file, streams)
             if fsync:
@@ -157,7 +161,9 @@ class Packs:
             remove_quietly(path)
             self.forget(name)
         elif self.size(name) > place:
-            os.truncate(path, place)
+            with FileIO(path, "r+") as file:
+                demand_own(file, path)
+                os.truncate(file.fileno(), place)
 
     def new_name(self, known: Iterable[str]) -> str:
         """Return a name that is higher than those `known`, and that nobody uses."""

@@ -10,9 +10,11 @@ from itertools import count
 from typing import Any
 
 from chest.columns import Entry, FrameError
-from chest.directory import INDEX, Directory, is_there, make_folders, sync_folder
+from chest.directory import INDEX, Directory, make_folders, sync_folder
 from chest.errors import CorruptIndexError, CorruptValueError, SerializerError, locating
-from chest.index import Index, write_log
+from chest.files import NO_FILE, is_there
+from chest.frames import write_log
+from chest.index import Index
 from chest.ledger import Ledger
 from chest.old import read_old_index
 from chest.options import Options
@@ -61,6 +63,7 @@ class Reading:
     def _make_writable(self) -> bool:
         """Make the index if there is none; tell whether it and the directory can be written."""
         if not is_there(self.directory.index):
+            self._demand_no_packs()
             staged = self.directory.staging_path()
             try:
                 write_log(staged, [], fsync=self._fsync)
@@ -69,6 +72,14 @@ class Reading:
                 self.directory.remove_staged([staged])
             return True
         return os.access(self.directory.path, os.W_OK) and os.access(self.directory.index, os.W_OK)
+
+    def _demand_no_packs(self) -> None:
+        """Begin no new chest where packs tell of one that has lost its index."""
+        pack = self.directory.find_pack()
+        # Another process may have made, or dropped, a chest meanwhile.
+        if pack and not is_there(self.directory.index) and is_there(pack):
+            reason = f"it is gone, and {os.path.basename(pack)} has values of a chest"
+            raise CorruptIndexError(self.directory.index, reason)
 
     def close(self) -> None:
         """Let go of the index."""
@@ -168,7 +179,8 @@ class Reading:
                 raise SerializerError(key, path, str(error), mine, names) from error
             raise CorruptValueError(key, path, str(error)) from error
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise CorruptValueError(key, path, "the file is gone") from error
+            reason = NO_FILE if error.strerror == NO_FILE else "the file is gone"
+            raise CorruptValueError(key, path, reason) from error
 
 
 def demand(path: str) -> None:

@@ -30,10 +30,15 @@ from typing import IO, Any
 
 import xxhash
 
+from chest.buffers import PickleReader
 from chest.directory import keep_from_children
+from chest.files import demand_file, read_whole, write_new
 from chest.streams import HashingReader, HashingWriter
 
 SMALL = 64 * 1024  # bytes; below, a stream is made and read in one piece
+KEPT = 4 << 20  # bytes of a pickle that are kept until it is known to be right
+KEPT_INFLATED = 64 << 20  # the same, of one that takes long to be read once more
+GROWN, ROOM = 16, 64 << 20  # times, and bytes, by which a file may exceed the stream in it
 
 Dump = Callable[[Any, IO[Any]], object]
 Load = Callable[[IO[Any]], Any]
@@ -295,10 +300,15 @@ class Serializer:
                 raise
         return None if sink.bypassed else sink.digest()
 
-    def measure(self, path: str) -> tuple[int, int]:
-        """Return the length and the digest of the stream that `path` holds."""
-        with self.open(path, mode="rb") as file:
-            return HashingReader(file).finish()
+    def measure(self, path: str, limit: int = sys.maxsize) -> tuple[int, int]:
+        """Return the length, if not above `limit`, and the digest of the stream in `path`."""
+        with self._open_file(path, limit) as file:
+            return HashingReader(file).finish(limit)
+
+    def _open_file(self, path: str, length: int) -> IO[Any]:
+        if (size := demand_file(path)) > GROWN * length + ROOM:
+            raise DamagedError(f"its file has {size} bytes, where {length} were written")
+        return self.open(path, mode="rb")
 
     def read(self, path: str, length: int, digest: int) -> tuple[Any, bool]:
         """Load the value that `path` holds.
@@ -319,18 +329,18 @@ class Serializer:
             If the file cannot be read.
         """
         if self.direct and length < SMALL:
-            data = _read_small(path, length)
+            data = read_whole(path, length)
             if len(data) != length or digest_bytes(data) != digest:
                 raise DamagedError(difference(length, len(data)))
             return _loaded(pickle.loads, data), False
-        with self.open(path, mode="rb") as file:
+        with self._open_file(path, length) as file:
             return self.read_from(file, length, digest)
 
     def read_from(self, file: IO[Any], length: int, digest: int) -> tuple[Any, bool]:
         """Load the value from an open binary file, at its start; as `read` does."""
         if self._streams:
             return self._stream_from(file, length, digest)
-        _check(HashingReader(file), length, digest, None)
+        _check(HashingReader(file), length, digest)
         file.seek(0)
         return _loaded(self._load_unrecorded, file), False
 
@@ -358,16 +368,22 @@ class Serializer:
         return _loaded(self._load_unrecorded, file)
 
     def _stream_from(self, file: IO[Any], length: int, digest: int) -> tuple[Any, bool]:
-        source = HashingReader(file)
+        source = PickleReader(file, length, KEPT if self.direct else KEPT_INFLATED)
+        _check(source, length, digest)
+        if source.whole:
+            value = _loaded(PickleReader.load, source)
+            return value, self.direct and source.gives_again(value)
+        file.seek(0)
+        again = HashingReader(file)  # for the disk may give something else now
         value = error = None
         try:
-            value = pickle.load(source, buffers=source.buffers())
+            value = pickle.load(again)
         except Exception as raised:  # noqa: BLE001 -- first find out whether the bytes are right
             error = raised
-        _check(source, length, digest, error)
+        _check(again, length, digest)
         if error is not None:
             raise _unloadable(error) from error
-        return value, self.direct and source.gives_again(value)
+        return value, False
 
     def _load_from(self, file: IO[Any], text: bool | None) -> Any:
         if not text:
@@ -411,19 +427,22 @@ def _unloadable(error: Exception) -> Exception:
     return error if isinstance(error, MemoryError) else UnloadableError(_said(error))
 
 
-def _check(source: HashingReader, length: int, digest: int, error: Exception | None) -> None:
+def _check(source: HashingReader | PickleReader, length: int, digest: int) -> None:
+    """Read to the end, and see whether it is what was written."""
     try:
-        found = source.finish()
+        found = source.finish(length)
     except Exception as damage:  # each decompressor has an error of its own for damaged files
         if isinstance(damage, OSError) and damage.errno is not None:
             raise
         raise DamagedError(_said(damage)) from damage
     if found != (length, digest):
-        raise DamagedError(difference(length, found[0])) from error
+        raise DamagedError(difference(length, found[0]))
 
 
 def difference(expected: int, found: int) -> str:
     """Say how a stream of `found` bytes, which should have `expected`, is wrong."""
+    if found > expected:
+        return f"it has more than the {expected} bytes that were written"
     if expected != found:
         return f"it has {found} bytes where {expected} were written"
     return "its bytes are not those that were written"
@@ -435,24 +454,3 @@ def _said(error: BaseException) -> str:
 
 def _is_disk_error(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _DISK_ERRNOS
-
-
-def write_new(path: str, data: bytes) -> None:
-    """Write a file that must not exist."""
-    with builtins.open(path, "xb", buffering=0) as file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
-
-
-def _read_small(path: str, length: int) -> bytes:
-    """Read a file that should have `length` bytes, and one more to see that it has no more."""
-    # Not os.open: an interrupt may come before its descriptor has a name.
-    with builtins.open(path, "rb", buffering=0) as file:
-        data = file.read(length + 1)
-        while 0 < len(data) < length:
-            more = file.read(length + 1 - len(data))
-            if not more:
-                break
-            data += more
-        return data

@@ -27,12 +27,13 @@ from typing import NamedTuple
 
 from chest.blocks import Steps, block
 from chest.columns import Entry, Puts
-from chest.directory import Names, is_there, remove_quietly, sync_file
+from chest.directory import Names, remove_quietly, sync_file
 from chest.errors import told
 from chest.filenames import pack_number
+from chest.files import demand_file, is_there, write_new
 from chest.options import Options
 from chest.packs import PACK_BYTES
-from chest.serialize import Serializer, digest_bytes, write_new
+from chest.serialize import Serializer, digest_bytes
 from chest.staging import Batch, Staged
 from chest.upkeep import Upkeep
 
@@ -354,9 +355,11 @@ class Store(Upkeep):
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-        os.utime(target)  # else an old file would pass for one that somebody abandoned
-    except OSError:
+    demand_file(source)
+    if not os.path.islink(source):  # else the other name would lead out, too
+        with suppress(OSError):
+            os.link(source, target)
+            os.utime(target)  # else an old file would pass for one that somebody abandoned
+            return
         remove_quietly(target)
-        shutil.copyfile(source, target)
+    shutil.copyfile(source, target)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from itertools import count
 
 from chest.columns import Entry, FrameError, is_plain, own_entries
-from chest.directory import is_there
 from chest.errors import KeyTypeError
-from chest.filenames import is_safe_filename, pack_number
+from chest.filenames import digest_name, is_safe_filename, pack_number
+from chest.files import is_there, own_size
 from chest.ledger import Ledger
 from chest.options import Options
 from chest.reading import Reading
@@ -86,7 +87,7 @@ class Upkeep(Reading, ABC):
         if not is_there(path):
             return False
         try:
-            return self.serializer.measure(path) != (entry.length, entry.digest)
+            return self.serializer.measure(path, entry.length) != (entry.length, entry.digest)
         except Exception:  # noqa: BLE001 -- what cannot be read, or decompressed, is not ours
             return True
 
@@ -174,22 +175,27 @@ class Upkeep(Reading, ABC):
 
     def _copy_shared(self, entry: Entry, named: set[str]) -> Entry:
         """Give a value a file of its own that had one with another key."""
+        outside = self.directory.leads_out(entry.file)
+        start = digest_name(entry.file) if outside else entry.file
+        source = self.directory.full_path(entry.file)
         for n in count(1):
-            copy = entry._replace(file=f"{entry.file}~{n}")
+            copy = entry._replace(file=f"{start}~{n}")
             path = self.directory.full_path(copy.file)
+            there = is_there(path)
             # One that is there already, and no other's, is from a try that a crash ended.
-            if copy.file in named or (is_there(path) and self._is_foreign(copy)):
+            if copy.file in named or (there and (not own_size(path) or self._is_foreign(copy))):
                 continue
             named.add(copy.file)
-            with suppress(FileNotFoundError):  # then both keys have lost their value
-                shutil.copyfile(self.directory.full_path(entry.file), path)
+            if not there and os.path.isfile(source):  # else both keys have lost their value
+                shutil.copyfile(source, path)
             return copy
         raise AssertionError("there is always another number")
 
     def _compact_if_due(self) -> None:
         ledger = self.ledger
-        dead = ledger.records + FRAME_RECORDS * self.index.frames - len(ledger.rows)
-        if dead < max(len(ledger.rows), self._compact_from) or ledger.unreadable:
+        alive = len(ledger.rows) + len(ledger.unreadable)
+        dead = ledger.records + FRAME_RECORDS * self.index.frames - alive
+        if dead < max(alive, self._compact_from):
             return
         try:
             self._replace_index(ledger)

@@ -1238,7 +1238,7 @@ def test_an_interrupt_around_a_transaction_locks_nobody_out_while_its_traceback_
                 break
             if is_before_an_exit(interrupter.where):
                 kept.clear()
-            else:
+            elif interrupter.where[1:]:  # else it was in the test
                 tried.add(interrupter.where[1])
             assert pool.submit(c.__getitem__, "n").result(10) in (before, before + 1)
             c["handled"] = at

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+import chest.files
 from chest import (
     Chest,
     ChestClosedError,
@@ -1353,7 +1354,8 @@ def refusing(how, code=errno.ENOSPC):
         return Half(path, mode)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serialize, "builtins", Seen(builtins, open=open_file))
+        for module in (chest.files, serialize):
+            patch.setattr(module, "builtins", Seen(builtins, open=open_file))
         yield tried
 
 

@@ -33,6 +33,7 @@ from chest import (
     CorruptIndexError,
     CorruptValueError,
     SerializerError,
+    files,
     serialize,
 )
 from chest.index import write_log
@@ -487,11 +488,9 @@ class Slow(io.FileIO):
 @pytest.mark.parametrize("value", [[0] * 3000, list(range(30_000)), np.arange(20_000)])
 def test_short_reads_and_writes_are_gone_on_with(path, value, monkeypatch):
     with Chest(path=path) as c:
-        monkeypatch.setattr(
-            serialize,
-            "builtins",
-            Seen(builtins, open=lambda path, mode, **_: Slow(path, mode)),
-        )
+        slow = Seen(builtins, open=lambda path, mode, **_: Slow(path, mode))
+        for module in (files, serialize):
+            monkeypatch.setattr(module, "builtins", slow)
         c["k"] = value
         c.flush()
     with Chest(path=path) as c:
@@ -717,7 +716,8 @@ def test_a_disk_that_cannot_be_read_is_no_damage(path, monkeypatch):
         pass
     with Chest(path=path) as c:
         with monkeypatch.context() as patch:
-            patch.setattr(serialize, "builtins", Seen(builtins, open=refuse))
+            for module in (files, serialize):
+                patch.setattr(module, "builtins", Seen(builtins, open=refuse))
             with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
                 c["k"]
         assert c["k"] == [1]

@@ -965,7 +965,8 @@ def order(*chests):
     pytest.param(3, 3, id="files"),
     pytest.param(64, 64, id="packs"),
     pytest.param(3, 64, id="files first"),
-])
+    pytest.param(64, 3, id="packs first"),
+])  # fmt: skip
 def test_keys_that_two_handles_set_before_either_flushed_have_one_order(path, often, mine, theirs):
     expected = [(who, n) for n in range(64) for who in ("mine", "theirs")]
     expected = [(who, n) for who, n in expected if n < {"mine": mine, "theirs": theirs}[who]]
@@ -980,6 +981,18 @@ def test_keys_that_two_handles_set_before_either_flushed_have_one_order(path, of
             compact(handle)
             with Chest(path=path) as third:
                 assert order(c, other, third) == expected
+
+
+def test_a_key_that_two_handles_numbered_alike_keeps_its_place_when_it_is_replaced(path):
+    with Chest(path=path) as c, Chest(path=path) as other:
+        c["first"], other["second"] = 1, 1
+        c.flush()
+        other.flush()
+        for handle, key in (c, "first"), (other, "second"), (c, "second"):
+            handle[key] = 2
+            handle.flush()
+            with Chest(path=path) as third:
+                assert order(c, other, third) == ["first", "second"]
 
 
 def nothing(c):

@@ -323,7 +323,6 @@ def refuse(tmp_path):
         yield refuse
 
 
-@pytest.mark.xfail(strict=True, reason="it is a SerializerError, which says to use another load")
 def test_a_read_of_a_large_value_that_fails_once_is_told_as_what_it_is(path, refuse):
     with opened(path) as c:
         c["x"] = np.arange(50_000)
