@@ -210,11 +210,11 @@ def encode(
     cleared: bool = False,
     serializer: tuple[str, bool | None] | None = None,
     left: Iterable[Entry] = (),
-    deleted: Iterable[Hashable] = (),
+    deleted: Iterable[Hashable] | Keys = (),
 ) -> bytes:
     """Return the payload of a frame; `blocks` are values with the serials of their keys."""
     encoded = [_encode_block(serials, puts) for serials, puts in blocks]
-    keys = tuple(Keys.of(deleted))
+    keys = tuple(deleted if isinstance(deleted, Keys) else Keys.of(deleted))
     return pickle.dumps((first, cleared, serializer, [*map(tuple, left)], keys, encoded), 5)
 
 

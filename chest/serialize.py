@@ -300,6 +300,11 @@ class Serializer:
         with self.open(path, mode="rb") as file:
             return HashingReader(file).finish()
 
+    def check(self, path: str, length: int, digest: int) -> None:
+        """Raise DamagedError if `path` does not hold the stream of that length and digest."""
+        with self.open(path, mode="rb") as file:
+            _check(HashingReader(file), length, digest, None)
+
     def read(self, path: str, length: int, digest: int) -> tuple[Any, bool]:
         """Load the value that `path` holds.
 
