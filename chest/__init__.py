@@ -11,6 +11,8 @@ from chest.errors import (
     SerializerError,
     UnsavedError,
 )
+from chest.repairs import repair
+from chest.report import Problem, Report
 from chest.sizes import nbytes
 
 __version__ = "1.0.0"
@@ -22,8 +24,11 @@ __all__ = [
     "CorruptIndexError",
     "CorruptValueError",
     "KeyTypeError",
+    "Problem",
     "ReadOnlyError",
+    "Report",
     "SerializerError",
     "UnsavedError",
     "nbytes",
+    "repair",
 ]

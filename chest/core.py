@@ -29,6 +29,7 @@ from chest.memory import Memory
 from chest.options import DEFAULT_AVAILABLE_MEMORY, Options, absolute, budget
 from chest.processes import enlist
 from chest.reading import demand
+from chest.report import Report
 from chest.serialize import Dump, Load, Open, Serializer, dump_pickle
 from chest.sizes import nbytes
 from chest.status import Status
@@ -107,7 +108,8 @@ class Chest(Status, MutableMapping[K, V]):
     * a dict: all of its methods, in the order in which keys were first set
     * memory: `memory_usage`, `available_memory`, `inmem`, `shrink`, `move_to_disk`,
       `get_from_disk`, `prefetch`
-    * disk: `path`, `key_to_filename`, `flush`, `write_keys`, `close`, `closed`, `drop`
+    * disk: `path`, `key_to_filename`, `flush`, `write_keys`, `verify`, `compact`, `close`,
+      `closed`, `drop`
     * several processes: `transaction`, `refresh`
     * what it does: `stats`, `reset_stats`
     * as the data of a worker of dask.distributed: `fast`, `slow`, `evict`, `spilled_total`,
@@ -576,6 +578,45 @@ class Chest(Status, MutableMapping[K, V]):
         70
         """
         return self._memory.transaction(timeout)
+
+    def verify(self) -> Report:
+        """Read every value that is committed, and tell which are not as they were written.
+
+        Nothing becomes resident, nothing is loaded, and no lock is held, so that others may go on.
+        Values that no flush or spill has written yet are not looked at.
+
+        Returns
+        -------
+        Report
+            It prints well, and its ``ok`` tells whether all is as written.
+
+        Examples
+        --------
+        >>> c = Chest({'x': 1})
+        >>> c.flush()
+        >>> print(c.verify())
+        1 value, 5 bytes: all as written
+        """
+        return self._memory.verify()
+
+    def compact(self) -> int:
+        """Flush, write the index and the packs anew without what is out of date, and remove that.
+
+        Commits do so by themselves where much is out of date; this leaves nothing of it.
+
+        Returns
+        -------
+        int
+            How many bytes that freed on disk.
+
+        Raises
+        ------
+        UnsavedError
+            If a value cannot be written.
+        OSError
+            If the disk refuses; nothing is lost.
+        """
+        return self._memory.compact()
 
     @property
     def closed(self) -> bool:

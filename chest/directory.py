@@ -23,6 +23,7 @@ from chest.files import is_there, starts_with
 
 INDEX = ".keys"
 PICKLE = b"\x80\x05"  # how a pickle of protocol 5 begins
+ASIDE = ".damaged"  # the folder of what a repair moved
 ABANDONED = 3600  # seconds after which the staging file of another process is nobody's
 NAME_BYTES = 240  # in UTF-8; leaves room for what makes a name unique
 TRIES = 9
@@ -174,10 +175,50 @@ class Directory:
 
     def remove_staging(self, *, every: bool = False) -> None:
         """Remove the staging files that others abandoned, or all of them."""
-        for name in filter(_is_staging, os.listdir(self.path)):
-            full = self._join(name)
-            if every or _age(full) > ABANDONED:
-                remove_quietly(full)
+        for name in self.staging(every=every):
+            remove_quietly(self._join(name))
+
+    def staging(self, *, every: bool = False) -> list[str]:
+        """Return the names of the staging files that others abandoned, or of all of them."""
+        names = filter(_is_staging, os.listdir(self.path))
+        return [name for name in names if every or _age(self._join(name)) > ABANDONED]
+
+    def size(self, names: Iterable[str]) -> int:
+        """Return how many bytes files have, together; those that are gone have none."""
+        total = 0
+        for name in names:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                total += os.lstat(self._join(name)).st_size
+        return total
+
+    def files(self) -> set[str]:
+        """Return the names of all files that are there, but for what a repair moved aside."""
+        found: set[str] = set()
+        for folder, folders, names in os.walk(self.path):
+            start = os.path.relpath(folder, self.path).replace(os.sep, "/") + "/"
+            if start == "./":
+                start = ""
+                folders[:] = [name for name in folders if name != ASIDE]
+            found.update(start + name for name in names)
+        return found
+
+    def set_aside(self, name: str, move: Callable[[str, str], object] = os.rename) -> str | None:
+        """Move a damaged file to the folder for these; return its new path, None if none is there.
+
+        Parameters
+        ----------
+        name : str
+        move : callable
+            From one path to another.
+        """
+        full = self._join(name)
+        if self.leads_out(name) or not is_there(full) or self.has_folder(name):
+            return None
+        place = self._join(f"{ASIDE}/{name}")
+        make_folders(os.path.dirname(place))
+        target = next(way for suffix in _suffixes() if not is_there(way := place + suffix))
+        move(full, target)
+        return target
 
     def sync(self, names: Iterable[str]) -> None:
         """Make sure that the names of these files survive a power cut."""

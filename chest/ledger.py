@@ -193,6 +193,10 @@ class Ledger:
         rows += (self._cleared or {}).values()
         return {self._files[row] for row in rows if row >= 0}
 
+    def unreadable_files(self) -> set[str]:
+        """Return the files of keys that cannot be read."""
+        return {self._files[row] for row in self.unreadable.values()}
+
     def dead_packs(self) -> list[str]:
         """Return the packs of which the committed state needs nothing."""
         return [name for name, alive in self.packs.items() if not alive]
@@ -224,15 +228,16 @@ class Ledger:
                 first=first,
                 cleared=self._cleared is not None,
                 serializer=serializer,
-                left=[*self.obsolete, *self._left_packs()] if first else (),
+                left=self.left() if first else (),
                 deleted=self._deleted,
             )
             return [start, *map(encode, batches)]
         finally:
             self._encoding = False
 
-    def _left_packs(self) -> list[Entry]:
-        return [Entry(name, 0, 0, 0) for name in self.dead_packs()]
+    def left(self) -> list[Entry]:
+        """Return what is obsolete, with the packs of which nothing is needed."""
+        return [*self.obsolete, *(Entry(name, 0, 0, 0) for name in self.dead_packs())]
 
     def _serials_of(self, keys: list[Any]) -> list[int]:
         rows = [*map(self.rows.__getitem__, keys)]
@@ -265,8 +270,8 @@ class Ledger:
             puts = Puts([*keys], files, *([column[row] for row in numbers] for column in columns))
             blocks.append(([self._serials[row] for row in numbers], puts))
         names = [encode([], serializer=name) for name in self.serializers.items()]
-        left = [*self.obsolete, *self._left_packs()]
-        return [encode([], first=True, left=left), *names, *map(encode, _in_batches(blocks))]
+        start = encode([], first=True, left=self.left())
+        return [start, *names, *map(encode, _in_batches(blocks))]
 
     def _pack_of(self, row: int) -> str:
         """Return the pack that a row's value lies in, nothing if it has a file of its own."""

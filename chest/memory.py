@@ -20,10 +20,12 @@ from chest.hands import Hands
 from chest.loading import TRIES
 from chest.options import Options
 from chest.processes import LAST_WAIT, just_forked, keep_until_end
+from chest.report import Report
 from chest.residents import MISSING, Closed
 from chest.serialize import Serializer, changeable, storing
 from chest.spilling import Spilling
 from chest.store import Store
+from chest.verify import verify
 
 logger = logging.getLogger("chest")
 
@@ -180,6 +182,30 @@ class Memory(Spilling):
             self.catch_up()
         if self.in_transaction:
             raise RuntimeError(f"cannot {action} inside a transaction: leave its block first")
+
+    # -- upkeep ------------------------------------------------------------------------------------
+
+    def verify(self) -> Report:
+        """Read every value that is committed, and tell which are not as they were written."""
+        with self.lock:
+            if self.closed:
+                raise ChestClosedError(self.path)
+            path = self.path
+        return Report(None) if path is None else verify(path, self.serializer, self.options)
+
+    def compact(self) -> int:
+        """Save everything, and remove what is out of date; return how many bytes that freed."""
+        with self.lock, self:
+            self.begin("compact the chest")
+            self._refuse_in_transaction("compact the chest")
+            if self.path is None:  # nothing was written yet
+                return 0
+            self._flush()
+            with self._writing():
+                self._absorb()
+                freed = self.store.compact()
+                self._look(self.store)
+            return freed
 
     # -- the end -----------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chest.amounts import parse_amount
+from chest.filenames import key_to_filename
+from chest.sizes import nbytes
 
 DEFAULT_AVAILABLE_MEMORY = 1e9  # bytes
 
@@ -43,6 +45,20 @@ class Options:
     readonly: bool
     on_miss: Callable[[Any], object] | None
     on_overflow: Callable[[Any], object] | None
+
+
+def looking(path: str, *, readonly: bool = True) -> Options:
+    """Return the options with which a directory is looked at, or repaired."""
+    return Options(
+        path=path,
+        namer=key_to_filename,
+        nbytes=nbytes,
+        writeback=False,
+        fsync=not readonly,
+        readonly=readonly,
+        on_miss=None,
+        on_overflow=None,
+    )
 
 
 def absolute(path: str | os.PathLike[str] | None) -> str | None:

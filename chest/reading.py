@@ -148,6 +148,15 @@ class Reading:
                 return self.serializer.read_from(file, entry.length, entry.digest)
             return self.serializer.read(path, entry.length, entry.digest)
 
+    def check_value(self, key: Any, entry: Entry) -> None:
+        """Read the bytes of a value without loading it; raises as `read` does."""
+        path = self.directory.full_path(entry.file)
+        with self._telling(key, path):
+            if entry.file in self.ledger.packs:
+                self._read_packed(entry)
+            else:
+                self.serializer.check(path, entry.length, entry.digest)
+
     def stream(self, key: Any, entry: Entry) -> bytes:
         """Return the stream of a value that lies in a pack; raises as `read` does."""
         with self._telling(key, self.directory.full_path(entry.file)):

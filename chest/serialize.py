@@ -310,6 +310,11 @@ class Serializer:
             raise DamagedError(f"its file has {size} bytes, where {length} were written")
         return self.open(path, mode="rb")
 
+    def check(self, path: str, length: int, digest: int) -> None:
+        """Raise DamagedError if `path` does not hold the stream of that length and digest."""
+        with self._open_file(path, length) as file:
+            _check(HashingReader(file), length, digest)
+
     def read(self, path: str, length: int, digest: int) -> tuple[Any, bool]:
         """Load the value that `path` holds.
 

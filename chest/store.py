@@ -344,12 +344,7 @@ class Store(Upkeep):
 
     def check(self) -> None:
         """Assert that the directory holds what the index names, and nothing else."""
-        root = self.directory.path
-        found = {
-            os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
-            for folder, _, names in os.walk(root)
-            for name in names
-        }
+        found = self.directory.files()
         named = self.ledger.files() | {os.path.basename(self.directory.index)}
         assert found == named, f"stray: {found - named}, missing: {named - found}"
 

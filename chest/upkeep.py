@@ -10,9 +10,11 @@ from contextlib import suppress
 from itertools import count
 
 from chest.columns import Entry, FrameError, is_plain, own_entries
+from chest.directory import INDEX
 from chest.errors import KeyTypeError
 from chest.filenames import digest_name, is_safe_filename, pack_number
 from chest.files import is_there, own_size
+from chest.frames import HEAD, frame
 from chest.ledger import Ledger
 from chest.options import Options
 from chest.reading import Reading
@@ -118,6 +120,20 @@ class Upkeep(Reading, ABC):
         self._tolerated = self.ledger.retired + (WASTE - excess) // 2
 
     def _repack(self, names: set[str]) -> None:
+        try:
+            self.repack(names)
+        except OSError as error:
+            logger.warning("the packs in %s could not be compacted: %s", self.directory.path, error)
+        self._remove_dead_packs()
+
+    def repack(self, names: set[str]) -> None:
+        """Commit, with what is alive in certain packs copied to others.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses.
+        """
         batch = Batch(self.directory)
         rows = self.ledger.packed_in(names)
         entries = sorted((self.ledger.entry(row), n) for n, (_, row) in enumerate(rows))
@@ -131,11 +147,46 @@ class Upkeep(Reading, ABC):
                 digests = [some[n][0].digest for n in whole]
                 batch.write(keys, [streams[n] for n in whole], digests)
             self.commit(batch)
-        except OSError as error:
-            logger.warning("the packs in %s could not be compacted: %s", self.directory.path, error)
         finally:
             batch.discard()
+
+    def compact(self) -> int:
+        """Write log and packs anew where they hold anything out of date, and remove what is.
+
+        Returns
+        -------
+        int
+            How many bytes that freed.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses; then nothing is lost.
+        """
+        before = self._nbytes_of_upkeep()
+        self._sweep()
+        self.directory.remove_staging()
+        packs = self.ledger.packs
+        wasted = {name for name, alive in packs.items() if alive < self.packs.size(name)}
+        self.repack(wasted - self.ledger.unreadable_files())  # whose keys cannot be written
+        self._remove(self.ledger.obsolete)
         self._remove_dead_packs()
+        self._shorten_log()
+        return before - self._nbytes_of_upkeep()
+
+    def _shorten_log(self) -> None:
+        payloads = self.ledger.snapshot()
+        if HEAD + sum(map(len, map(frame, payloads))) < self.directory.size([INDEX]):
+            self._replace_index(payloads)
+            self.catch_up()
+
+    def _nbytes_of_upkeep(self) -> int:
+        """Return how many bytes all files have but those of values that are alive."""
+        names = {INDEX, *self.ledger.packs, *(entry.file for entry in self.ledger.obsolete)}
+        for payload in self.index.uncommitted():
+            with suppress(FrameError):
+                names.update(entry.file for entry in own_entries(payload))
+        return self.directory.size(names.union(self.directory.staging()))
 
     def _read_or_nothing(self, entry: Entry) -> bytes:
         name, place, length, digest = entry
@@ -163,13 +214,13 @@ class Upkeep(Reading, ABC):
             seen.add(entry.file)
             entries[key] = entry
         ledger.take(entries)
-        self._replace_index(ledger)
+        self._replace_index(ledger.snapshot())
         self.catch_up()
 
-    def _replace_index(self, ledger: Ledger) -> None:
+    def _replace_index(self, payloads: list[bytes]) -> None:
         scratch = self.directory.staging_path()
         try:
-            self.index.replace(ledger.snapshot(), scratch)
+            self.index.replace(payloads, scratch)
         finally:
             self.directory.remove_staged([scratch])
 
@@ -198,7 +249,7 @@ class Upkeep(Reading, ABC):
         if dead < max(alive, self._compact_from):
             return
         try:
-            self._replace_index(ledger)
+            self._replace_index(ledger.snapshot())
         except OSError as error:
             logger.warning("the index %s could not be compacted: %s", self.index.path, error)
             self._compact_from = 2 * dead
