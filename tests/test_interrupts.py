@@ -1206,6 +1206,7 @@ def test_who_is_interrupted_while_it_waits_for_another_load_has_the_lock_again(p
 def test_a_prefetch_that_is_interrupted_ends(path, name, times):
     with Chest({n: [n] * 1000 for n in range(40)}, path):
         pass
+    before = threading.enumerate()
     with Chest(path=path) as c:
         with suppress(KeyboardInterrupt):
             for caller in ("_fetch_in_threads", "start"):
@@ -1214,7 +1215,7 @@ def test_a_prefetch_that_is_interrupted_ends(path, name, times):
         assert dict(c) == {n: [n] * 1000 for n in range(40)}
         c._check()
     for thread in threading.enumerate():
-        if thread.daemon:
+        if thread not in before:
             thread.join(10)
 
 
