@@ -505,9 +505,9 @@ class Index:
             os.replace(scratch, self.path)
         except BaseException:
             self.publishing = -1
+            self._give_up_next()  # first: the system may refuse to tell what comes next
             if not self._is_replaced():  # an interrupt may come after the replacement
                 self._set_moved(False)
-            self._give_up_next()
             raise
         old = self._file
         try:

@@ -30,6 +30,11 @@ def opened(keys):
     """Open the log as often as wanted."""
     made = []
 
+    def kept(file):
+        made.append(file)
+        return file
+
+
     def make(*, readonly=False):
         made.append(Index(keys, readonly=readonly, fsync=False))
         return made[-1]
@@ -599,6 +604,36 @@ def test_a_replacement_that_cannot_be_locked_leaves_everything_as_it_was(keys, o
             replace(index, b"all")
     assert read(keys) == before
     assert not is_locked(keys)
+
+
+def test_a_replacement_that_fails_lets_go_of_the_new_file_though_nobody_can_look(
+    keys, opened, monkeypatch
+):
+    index = opened()
+    commit(index, b"one")
+    real = os.lstat
+
+    def lstat(path, **options):
+        if path == keys and made:
+            raise OSError(5, "Input/output error", path)
+        return real(path, **options)
+
+    made = []
+
+    def kept(file):
+        made.append(file)
+        return file
+
+    open_really = chest.index._open_file
+    with monkeypatch.context() as patch:
+        patch.setattr(chest.index, "_open_file", lambda *args: kept(open_really(*args)))
+        patch.setattr(os, "replace", raising(OSError(5, "Input/output error")))
+        patch.setattr(os, "lstat", lstat)
+        with pytest.raises(OSError, match="Input/output"):
+            replace(index, b"all")
+    assert [file.closed for file in made] == [True]
+    commit(index, b"two")
+    assert opened().refresh() == (True, [b"one", b"two"])
 
 
 def fails_second_time(error):
