@@ -500,7 +500,8 @@ class Ledger:
             order = sorted(range(len(keys)), key=serials.__getitem__)
             if len({*serials}) < len(keys):  # several handles gave one, and nobody knows who first
                 times = Counter(serials)
-                order.sort(key=lambda n: (serials[n], times[serials[n]] > 1 and _spell(keys[n])))
+                spelled = [times[serials[n]] > 1 and _spell(keys[n]) for n in range(len(keys))]
+                order.sort(key=lambda n: (serials[n], rows[n] < 0, spelled[n]))
             sorted_rows = map(rows.__getitem__, order)
             self.rows = dict(zip(map(keys.__getitem__, order), sorted_rows, strict=True))
             self._in_order = True

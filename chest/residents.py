@@ -205,7 +205,7 @@ class Residents(ABC):
             with locating(path):
                 store = Store(path, self.serializer, self.options, reopen=reopen)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise told(error, path, OPENING_BYTES) from error
         store.ledger.inherit(self.ledger)

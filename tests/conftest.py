@@ -12,7 +12,7 @@ import zlib
 
 import pytest
 
-SHARE = 4  # of the tests that are one of very many, each Python runs one in so many
+SHARE = 6  # of the tests that are one of very many, each Python runs one in so many
 
 
 def pytest_collection_modifyitems(config, items):
