@@ -29,7 +29,6 @@ from chest.memory import Memory
 from chest.options import DEFAULT_AVAILABLE_MEMORY, Options, absolute, budget
 from chest.processes import enlist
 from chest.reading import demand
-from chest.report import Report
 from chest.serialize import Dump, Load, Open, Serializer, dump_pickle
 from chest.sizes import nbytes
 from chest.status import Status
@@ -565,9 +564,9 @@ class Chest(Status, MutableMapping[K, V]):
 
         Notes
         -----
-        Threads that use the chest meanwhile wait, so do not wait for them inside the block. With
-        ``writeback=True`` every list, dict and array in memory is compared with the disk at the
-        start and at the end.
+        Threads that use the chest meanwhile wait, as do those that write to its directory through
+        another `Chest`: so do not wait for them inside the block. With ``writeback=True`` every
+        list, dict and array in memory is compared with the disk at the start and at the end.
 
         Examples
         --------
@@ -578,45 +577,6 @@ class Chest(Status, MutableMapping[K, V]):
         70
         """
         return self._memory.transaction(timeout)
-
-    def verify(self) -> Report:
-        """Read every value that is committed, and tell which are not as they were written.
-
-        Nothing becomes resident, nothing is loaded, and no lock is held, so that others may go on.
-        Values that no flush or spill has written yet are not looked at.
-
-        Returns
-        -------
-        Report
-            It prints well, and its ``ok`` tells whether all is as written.
-
-        Examples
-        --------
-        >>> c = Chest({'x': 1})
-        >>> c.flush()
-        >>> print(c.verify())
-        1 value, 5 bytes: all as written
-        """
-        return self._memory.verify()
-
-    def compact(self) -> int:
-        """Flush, write the index and the packs anew without what is out of date, and remove that.
-
-        Commits do so by themselves where much is out of date; this leaves nothing of it.
-
-        Returns
-        -------
-        int
-            How many bytes that freed on disk.
-
-        Raises
-        ------
-        UnsavedError
-            If a value cannot be written.
-        OSError
-            If the disk refuses; nothing is lost.
-        """
-        return self._memory.compact()
 
     @property
     def closed(self) -> bool:

@@ -85,7 +85,6 @@ class Residents(ABC):
         self.path = options.path
         self._owner: int | None = None  # the process that made the temporary directory
         self._lent = False  # other processes may use that directory
-        self.meter = Meter()
         # Whether a hook, or whatever is not pickle itself, has to see each value that is read.
         self.reads_alone = options.on_miss is not None or not serializer.direct
         self.transactions = 0  # begun so far: who looks without the lock looks again if one began
@@ -104,6 +103,7 @@ class Residents(ABC):
 
     def _start(self) -> None:
         """Hold nothing in memory, and know nothing of the directory yet."""
+        self.meter = Meter()
         self.readonly = self.options.readonly
         self._torn = False  # by an interrupt in the midst of an operation
         self.in_transaction = False

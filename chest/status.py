@@ -1,4 +1,7 @@
-"""What a chest tells about itself: to people, in notebooks, and to the workers of dask."""
+"""What a chest tells about itself: to people, in notebooks, and to the workers of dask.
+
+And what looks after it: `verify` and `compact`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 from chest.errors import ChestError, say
 from chest.memory import Memory
+from chest.report import Report
 from chest.stats import Stats
 
 logger = logging.getLogger("chest")
@@ -23,7 +27,7 @@ _ROW = '<tr><td style="text-align:left">{}</td><td>{:,}</td><td>{}</td></tr>'
 
 
 class Status(Sized):
-    """The part of a chest that tells what is in it, and what it did."""
+    """The part of a chest that tells what is in it, what it did, and whether it is sound."""
 
     _memory: Memory
 
@@ -66,6 +70,46 @@ class Status(Sized):
         with self._memory.lock:
             self._memory.begin_to_tell()
             self._memory.meter.reset()
+
+    def verify(self) -> Report:
+        """Read every value that is committed, and tell which are not as they were written.
+
+        Nothing becomes resident, nothing is loaded, and no lock is held, so that others may go on.
+        Values that no flush or spill has written yet are not looked at.
+
+        Returns
+        -------
+        Report
+            It prints well, and its ``ok`` tells whether all is as written.
+
+        Examples
+        --------
+        >>> from chest import Chest
+        >>> c = Chest({'x': 1})
+        >>> c.flush()
+        >>> print(c.verify())
+        1 value, 5 bytes: all as written
+        """
+        return self._memory.verify()
+
+    def compact(self) -> int:
+        """Flush, write the index and the packs anew without what is out of date, and remove that.
+
+        Commits do so by themselves where much is out of date; this leaves nothing of it.
+
+        Returns
+        -------
+        int
+            How many bytes that freed on disk.
+
+        Raises
+        ------
+        UnsavedError
+            If a value cannot be written.
+        OSError
+            If the disk refuses; nothing is lost.
+        """
+        return self._memory.compact()
 
     # -- as the data of a worker of dask.distributed -----------------------------------------------
 

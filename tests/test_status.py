@@ -169,6 +169,20 @@ def test_threads_lose_no_count_of_what_they_read(path):
         assert (made(c)["misses"], made(c)["hits"]) == (400, 400)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_child_counts_from_zero(path):
+    with Chest({"x": [1]}, path=path) as c:
+        c.flush()
+        c.stats()
+        c["x"]
+        pid = os.fork()
+        if pid == 0:
+            os._exit(made(c) != ZERO or c["x"] != [1] or made(c)["misses"] != 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert made(c)["hits"] == 1
+
+
 def test_a_closed_chest_tells_no_figures(path):
     c = Chest(path=path)
     c.close()
