@@ -1066,6 +1066,15 @@ def test_a_key_error_of_a_hook_comes_through_prefetch_but_none_of_a_key_that_wen
         assert {1, 2}.isdisjoint(c)
 
 
+@pytest.fixture
+def sigint():
+    """Have SIGINT raise KeyboardInterrupt: a shell starts its background jobs with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_who_is_interrupted_as_it_waits_for_the_lock_does_not_wait_to_tell(path):
     with Chest({n: n for n in range(100)} | {"alone": [1]}, path):
         pass
