@@ -48,14 +48,21 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+# Where older protocols call Python itself to make plain keys.
+_MAKERS: dict[str, Any] = {
+    "_codecs.encode": _encode,
+    "builtins.bytes": lambda: b"",  # of others, it would take any amount of memory
+    "builtins.frozenset": frozenset,
+}
+
+
 class _Stubbing(pickle.Unpickler):
     """Reads a pickle without importing anything, or calling anything but stubs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a new stub of that name; older protocols need a function for plain bytes."""
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
-        return _Name(f"{module}.{name}", (_Stub,), {})
+        """Return a new stub of that name."""
+        full = f"{module}.{name}".replace("__builtin__.", "builtins.")
+        return _MAKERS.get(full) or _Name(full, (_Stub,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         """Refuse what is not in the stream itself."""
