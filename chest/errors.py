@@ -154,7 +154,8 @@ class CorruptIndexError(ChestError):
     def _text(self) -> str:
         return (
             f"the index {self.path} is damaged: {self.reason}; {self.recoverable} undamaged "
-            "frames precede it; nothing was changed, restore the file from a backup"
+            "frames precede it; nothing was changed, restore the file from a backup, or save what "
+            "can be read with chest.repair"
         )
 
 

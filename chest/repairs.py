@@ -19,7 +19,7 @@ from chest.options import absolute, looking
 from chest.outside import adopt, open_outside
 from chest.pickled import PickledKey
 from chest.report import Problem, Report
-from chest.salvage import is_newer, salvage
+from chest.salvage import salvage
 from chest.serialize import Open
 from chest.store import Store
 from chest.verify import Progress, check_values, strays
@@ -102,8 +102,6 @@ def demand_writable(directory: Directory) -> None:
 def _repair_index(directory: Directory, faults: list[str], report: Report) -> None:
     """Put an index in the place of a damaged one that has what can be read of it."""
     data = _read(directory.index)
-    if is_newer(data):
-        raise CorruptIndexError(directory.index, "it is of a newer version of chest: use that")
     if not salvage(data).is_index:
         raise CorruptIndexError(directory.index, faults[0])
     report.index += faults

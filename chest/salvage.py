@@ -28,14 +28,15 @@ class Salvage(NamedTuple):
         Those beyond the committed length.
     faults : list of str
         What is wrong with it.
-    is_index : bool
-        Whether it is an index of this version, as far as anybody can tell.
+    is_index, is_newer : bool
+        Whether it is an index of this version, or of a later one, as far as anybody can tell.
     """
 
     payloads: list[bytes]
     uncommitted: list[bytes]
     faults: list[str]
     is_index: bool
+    is_newer: bool
 
 
 def salvage(data: bytes) -> Salvage:
@@ -51,7 +52,8 @@ def salvage(data: bytes) -> Salvage:
     uncommitted = [] if end is None else [p for _, p in split_frames(data[end:])]
     blank = MAGIC.startswith(data.rstrip(b"\0"))  # as a power cut leaves new files
     is_index = blank or data.startswith(MAGIC[:6]) or bool(payloads)
-    return Salvage(payloads, uncommitted, faults, is_index)
+    is_newer = data[:6] == MAGIC[:6] and data[7:8] == MAGIC[7:8] and data[6] in NEWER
+    return Salvage(payloads, uncommitted, faults, is_index, is_newer)
 
 
 def _committed_length(data: bytes) -> int | None:
@@ -98,11 +100,6 @@ def _next_frame(data: bytes, start: int) -> int:
         if _payload(data, place - FRAME_HEAD) is not None:
             return place - FRAME_HEAD
     return len(data)
-
-
-def is_newer(data: bytes) -> bool:
-    """Tell whether an index is of a later version of chest, as far as its first bytes tell."""
-    return data[:6] == MAGIC[:6] and data[7:8] == MAGIC[7:8] and data[6] in NEWER
 
 
 class _Wreck:
@@ -152,6 +149,8 @@ def open_anyhow(
     ------
     OSError
         If there is no chest, or the system refuses.
+    CorruptIndexError
+        If its index is of a later version, or a link, or no file.
     """
     try:
         return Reading(path, serializer, options), []
@@ -159,4 +158,6 @@ def open_anyhow(
         reading = Salvaged(path, serializer, options)
         wreck: Any = reading.index
         found: Salvage = wreck.found
+        if found.is_newer:
+            raise
         return reading, found.faults if found.is_index and found.faults else [error.reason]

@@ -415,7 +415,7 @@ def test_damage_at_any_byte_of_the_index_leaves_what_the_other_frames_say(path, 
             "zero": data[:place] + bytes(len(data) - place),
         }[damage]
         put(copy, bad)
-        if bad == data or chest.salvage.is_newer(bad):
+        if bad == data or salvage(bad).is_newer:
             shutil.rmtree(copy)
             continue
         report = repair(copy)
@@ -451,6 +451,19 @@ def test_the_frames_behind_the_damage_count_too(path):
     del states[-1]["k2"]
     assert relative(path, report.stray) == ["k2"]
     opens_and_works(path, states[-1])
+
+
+def test_a_bad_byte_costs_a_share_of_the_keys_also_after_a_compaction(path):
+    with Chest({n: str(n) for n in range(5000)}, path) as c:
+        c.compact()
+    data = tree(path)[".keys"]
+    put(path, data[:-999] + bytes([data[-999] ^ 1]) + data[-998:])
+    report = repair(path)
+    assert len(report.index) == 1
+    assert 5000 > report.keys >= 5000 - 1024
+    kept = content(path)
+    assert kept == {n: str(n) for n in kept}
+    opens_and_works(path, kept)
 
 
 def test_a_frame_inside_a_damaged_one_is_not_believed():
@@ -697,6 +710,19 @@ def test_a_damaged_old_chest_keeps_what_is_whole(path, name, expected, options):
     opens_and_works(path, expected, **options)
     with Chest(path=path, **options) as c:
         assert [*c._memory.ledger.serializers] == [name.partition("_")[0] + ".dump"] or not JSON
+
+
+def test_plain_keys_of_an_old_chest_are_read_whatever_protocol_wrote_them(path):
+    pairs = [("x", "x"), (b"b", "b"), ((1, b""), "t"), (frozenset([1]), "f"), ("gone", "gone")]
+    values = {name: [name] * 9 for _, name in pairs[:-1]}
+    for protocol in range(6):
+        shutil.rmtree(path, ignore_errors=True)
+        test_old.make(path, pairs, values, lambda obj, n=protocol: pickle.dumps(obj, n))
+        cut(path, "t", 12)
+        report = repair(path)
+        assert keys(report.damaged) == [(1, b"")]
+        assert keys(report.missing) == ["gone"]
+        opens_and_works(path, {"x": ["x"] * 9, b"b": ["b"] * 9, frozenset([1]): ["f"] * 9})
 
 
 def test_an_old_chest_with_keys_that_need_a_class_is_refused_and_stays(path):

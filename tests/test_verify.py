@@ -18,7 +18,14 @@ import pytest
 import test_old
 
 import chest.verify
-from chest import Chest, ChestClosedError, CorruptValueError, Problem, Report
+from chest import (
+    Chest,
+    ChestClosedError,
+    CorruptIndexError,
+    CorruptValueError,
+    Problem,
+    Report,
+)
 from chest.columns import Puts, encode
 from chest.index import frame
 from chest.pickled import PickledKey, holds_json, skim
@@ -360,6 +367,16 @@ def test_an_index_that_is_damaged_while_values_are_read_is_told(path, monkeypatc
         assert keys(report.damaged) == ["x"]
         assert report.index == ["the committed length in its head fails its checksum"]
         flip(path, ".keys", 9)
+
+
+def test_an_index_of_a_newer_version_is_no_damage(path):
+    make(path)
+    with Chest(path=path, readonly=True) as c:
+        with open(os.path.join(path, ".keys"), "r+b") as file:
+            file.seek(6)
+            file.write(b"\2")
+        with pytest.raises(CorruptIndexError, match="newer version"):
+            c.verify()
 
 
 # -- changes while it reads -----------------------------------------------------------------------
