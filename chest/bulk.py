@@ -98,7 +98,7 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
     """
     wanted = _fitting(memory, keys)
     packs = memory.ledger.packs
-    alone = memory.holds_lock() or memory.is_reading()  # threads would wait for this one
+    alone = memory.is_waited_for() or memory.options.on_miss is not None
     here = [key for key, entry in wanted if alone or entry.file in packs]
     wanted = [(key, entry) for key, entry in wanted if not alone and entry.file not in packs]
     _fetch_each(memory, iter(here))

@@ -17,6 +17,7 @@ from typing import Any
 from chest.changes import Changes
 from chest.columns import Entry
 from chest.errors import CorruptValueError
+from chest.index import Index
 from chest.ledger import UNSAVED
 from chest.residents import MISSING
 from chest.serialize import changeable
@@ -300,9 +301,10 @@ class Loading(Changes):
         self.meter.read(1, entry.length, perf_counter() - started)
         return found
 
-    def is_reading(self) -> bool:
-        """Tell whether this thread is reading a value, so that it is a hook which asks."""
-        return threading.get_ident() in self._loads.threads.copy().values()
+    def is_waited_for(self) -> bool:
+        """Tell whether other threads may wait for this one: it has a lock, or is in a hook."""
+        is_reading = threading.get_ident() in self._loads.threads.copy().values()
+        return is_reading or self.holds_lock() or Index.busy_here()
 
     def open_hand(self) -> None:
         """Look at what this thread has in hand, for it is about to end."""

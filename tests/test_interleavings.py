@@ -1022,6 +1022,33 @@ def test_a_key_that_is_prefetched_is_loaded_once(path, ways):
         assert loads == [["x"]]
 
 
+@pytest.mark.parametrize("locked", ["transaction", "lock"])
+def test_a_prefetch_may_tell_a_hook_that_uses_what_this_thread_has_locked(path, locked):
+    with Chest(dict.fromkeys(range(6), "v" * 9000), path):
+        pass
+    with Chest({"misses": 0}) as other:
+
+        def on_miss(key):
+            other["misses"] += 1
+
+        with Chest(path=path, on_miss=on_miss) as c:
+            with other.transaction() if locked == "transaction" else other.lock:
+                c.prefetch(range(6))
+            assert other["misses"] == 6
+            assert c.inmem.keys() == {*range(6)}
+
+
+def test_a_prefetch_in_the_transaction_of_another_handle_waits_for_nobody(path):
+    with Chest({n: bytes([n]) * 300_000 for n in range(6)}, path):
+        pass
+    with Chest(path=path) as c, Chest(path=path, available_memory=1_000_000) as other:
+        other.update({f"new{n}": bytes(300_000) for n in range(3)})
+        with c.transaction(), suppress(OSError):
+            other.prefetch(range(3))
+        other._check()
+        assert other[1] == bytes([1]) * 300_000
+
+
 def test_the_threads_of_a_prefetch_leave_nothing_in_their_hands(path):
     with Chest({n: [n] for n in range(8)}, path):
         pass
