@@ -35,7 +35,7 @@ from chest.columns import (
 from chest.filenames import pack_number
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
-FRAME_KEYS = 1 << 16
+FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
 
 logger = logging.getLogger("chest")
 

@@ -398,9 +398,9 @@ def test_blocks_are_cut_so_that_no_frame_holds_too_many_keys(log, monkeypatch, s
     assert entries(log.open()) == entries(ledger)
 
 
-def test_a_frame_holds_65536_keys_at_most(log):
-    payloads = log.commit(log.open(), (), log.packed(range(2**16 + 1)))
-    assert [[len(b.files) for b in decode(p).blocks] for p in payloads] == [[2**16], [1]]
+def test_a_frame_holds_4096_keys_at_most(log):
+    payloads = log.commit(log.open(), (), log.packed(range(4096 + 1)))
+    assert [[len(b.files) for b in decode(p).blocks] for p in payloads] == [[4096], [1]]
 
 
 def test_what_goes_on_with_a_commit_does_not_begin_one():

@@ -454,13 +454,13 @@ def test_the_frames_behind_the_damage_count_too(path):
 
 
 def test_a_bad_byte_costs_a_share_of_the_keys_also_after_a_compaction(path):
-    with Chest({n: str(n) for n in range(5000)}, path) as c:
+    with Chest({n: str(n) for n in range(9000)}, path) as c:
         c.compact()
     data = tree(path)[".keys"]
     put(path, data[:-999] + bytes([data[-999] ^ 1]) + data[-998:])
     report = repair(path)
     assert len(report.index) == 1
-    assert 5000 > report.keys >= 5000 - 1024
+    assert 9000 > report.keys >= 9000 - 4096
     kept = content(path)
     assert kept == {n: str(n) for n in kept}
     opens_and_works(path, kept)
