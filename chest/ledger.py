@@ -32,6 +32,7 @@ from chest.columns import (
     encode,
     is_plain,
 )
+from chest.errors import say
 from chest.filenames import pack_number
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
@@ -481,7 +482,7 @@ class Ledger:
             except Exception as error:  # noqa: BLE001 -- whatever a class that changed can raise
                 unread.append(data)
                 if self.trusted and data not in self.unreadable:
-                    logger.warning("a key cannot be read, and is kept in the file: %r", error)
+                    logger.warning("a key cannot be read, and is kept in the file: %s", say(error))
         return known, unread
 
     # -- order and names -------------------------------------------------------------------------

@@ -168,7 +168,9 @@ class Upkeep(Reading, ABC):
         self.directory.remove_staging()
         packs = self.ledger.packs
         wasted = {name for name, alive in packs.items() if alive < self.packs.size(name)}
-        self.repack(wasted - self.ledger.unreadable_files())  # whose keys cannot be written
+        wasted -= self.ledger.unreadable_files()  # whose keys cannot be written
+        if wasted:
+            self.repack(wasted)
         self._remove(self.ledger.obsolete)
         self._remove_dead_packs()
         self._shorten_log()
