@@ -21,7 +21,7 @@ from chest.repairs import demand_writable, repair
 from chest.store import Store
 from chest.verify import committed, examine
 
-FINE, DAMAGED, FAILED = 0, 1, 2
+FINE, DAMAGED, FAILED, INTERRUPTED = 0, 1, 2, 130
 BEAT = 0.2  # seconds between two words of progress
 EPILOG = (
     "exit status: 0 if all is well, 1 if something is damaged, 2 if it cannot be done. "
@@ -239,6 +239,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
         return FINE
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (CorruptIndexError, CorruptValueError) as error:
         _say(str(error))
         return DAMAGED

@@ -193,6 +193,26 @@ def test_a_damaged_index_is_shown_as_far_as_it_can_be_read(made, capsys):
     assert said(capsys, "verify", made)[2] == 0
 
 
+def test_a_terminal_is_told_how_far_it_is(made, capsys, monkeypatch):
+    monkeypatch.setattr("chest.__main__.BEAT", 0)
+    assert said(capsys, "verify", made)[1] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for command in "verify", "repair":
+        out, err, status = said(capsys, command, made)
+        assert status == 0
+        assert "\r105 of 105 values, 0 MB" in err
+        assert err.endswith("\r")
+        assert "of 105" not in out
+
+
+def test_an_interrupt_ends_it_without_a_traceback(made, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("chest.__main__.examine", interrupt)
+    assert said(capsys, "verify", made) == ("", "", 130)
+
+
 # -- wrong use ------------------------------------------------------------------------------------
 
 
