@@ -274,10 +274,11 @@ class Loading(Changes):
         try:
             return self.read(key, entry)
         except CorruptValueError:
+            self.catch_up()
             row = self.ledger.rows.get(key, UNSAVED)
             if row >= 0 and self.ledger.entry(row) == entry:
                 raise
-            return MISSING, False  # what opens or loads it replaced it
+            return MISSING, False  # another handle, or what opens or loads it, replaced it
 
     def _admit(self, key: Hashable, value: Any, size: int, uses: int, stream: bool) -> None:
         """Make a stored value resident if it may be, and put it in this thread's hand."""

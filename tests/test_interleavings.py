@@ -34,6 +34,7 @@ import numpy as np
 import pytest
 
 import chest.memory
+import chest.serialize
 import chest.staging
 import chest.store
 import chest.upkeep
@@ -858,6 +859,31 @@ def test_a_value_that_is_set_back_after_its_file_was_gone_is_that_value(
         first_time(Memory, step, back)
         assert c["k"] == value
         c._check()
+
+
+def test_a_value_that_another_handle_replaces_sets_back_and_replaces_again_is_no_damage(
+    path, monkeypatch
+):
+    with Chest({"x": "first"}, path) as other:
+        other.flush()
+        real, reads = chest.serialize.read_whole, []
+
+        def read_whole(*args):
+            reads.append(args)
+            if len(reads) < 3:  # it is as it was when this thread looks, and is not when it reads
+                other["x"] = "second"
+                other.flush()
+            try:
+                return real(*args)
+            finally:
+                if len(reads) == 1:
+                    other["x"] = "first"
+                    other.flush()
+
+        with Chest(path=path) as c:
+            monkeypatch.setattr(chest.serialize, "read_whole", read_whole)
+            assert c["x"] == "second"
+            assert len(reads) == 3
 
 
 # -- updates and prefetches ------------------------------------------------------------------------
