@@ -347,7 +347,7 @@ class Serializer:
             return self._stream_from(file, length, digest)
         _check(HashingReader(file), length, digest)
         file.seek(0)
-        return _loaded(self._load_unrecorded, file), False
+        return self.read_unrecorded(file), False
 
     def loads(self, data: bytes) -> Any:
         """Load the value from a stream that is the right one.
@@ -369,8 +369,19 @@ class Serializer:
                     return _loaded(self._load_unrecorded, file)
 
     def read_unrecorded(self, file: IO[Any]) -> Any:
-        """Load a stream of which nobody recorded the digest."""
-        return _loaded(self._load_unrecorded, file)
+        """Load a stream of which nobody recorded the digest.
+
+        Raises
+        ------
+        UnloadableError
+            If ``load`` raises, but for what the disk refuses.
+        """
+        try:
+            return self._load_unrecorded(file)
+        except Exception as error:
+            if _is_disk_error(error):
+                raise
+            raise _unloadable(error) from error
 
     def _stream_from(self, file: IO[Any], length: int, digest: int) -> tuple[Any, bool]:
         source = PickleReader(file, length, KEPT if self.direct else KEPT_INFLATED)
@@ -383,8 +394,10 @@ class Serializer:
         value = error = None
         try:
             value = pickle.load(again)
-        except Exception as raised:  # noqa: BLE001 -- first find out whether the bytes are right
-            error = raised
+        except Exception as raised:
+            if raised is again.refused:
+                raise
+            error = raised  # first find out whether the bytes are right
         _check(again, length, digest)
         if error is not None:
             raise _unloadable(error) from error
@@ -406,7 +419,9 @@ class Serializer:
             return self._load_from(file, self.text)
         try:
             return self.load(file)
-        except Exception:  # noqa: BLE001 -- a text loader says in many ways that it got bytes
+        except Exception as error:  # a text loader says in many ways that it got bytes
+            if _is_disk_error(error):
+                raise
             file.seek(0)
             value = self._load_from(file, True)
             self.text = True  # only now: other threads load, too

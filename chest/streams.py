@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import IO, Any
 
 import xxhash
@@ -75,12 +75,29 @@ class HashingWriter:
 
 
 class HashingReader:
-    """What ``pickle.load`` reads from: hashes what passes through."""
+    """What ``pickle.load`` reads from: hashes what passes through.
+
+    Attributes
+    ----------
+    length : int
+        How many bytes passed.
+    refused : OSError or None
+        What a read ended with that the system refused.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file: Any = file  # with readinto, which `IO` does not know
         self._hash = xxhash.xxh3_64()
         self.length = 0
+        self.refused: OSError | None = None
+
+    def _ask(self, read: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return read(*args)
+        except OSError as refused:
+            if refused.errno is not None:  # else a decompressor found it damaged
+                self.refused = refused
+            raise
 
     def _passed(self, data: Any, length: int) -> None:
         self._hash.update(data)
@@ -88,13 +105,13 @@ class HashingReader:
 
     def read(self, size: int = -1) -> bytes:
         """Read up to `size` bytes."""
-        data: bytes = self._file.read(size)
+        data: bytes = self._ask(self._file.read, size)
         self._passed(data, len(data))
         return data
 
     def readline(self) -> bytes:
         """Read one line."""
-        data: bytes = self._file.readline()
+        data: bytes = self._ask(self._file.readline)
         self._passed(data, len(data))
         return data
 
@@ -104,7 +121,7 @@ class HashingReader:
         start = 0
         while start < view.nbytes:
             step = view[start : start + STEP]
-            n = self._file.readinto(step)
+            n = self._ask(self._file.readinto, step)
             if not n:
                 break
             self._passed(step[:n], n)
