@@ -17,7 +17,7 @@ from io import FileIO
 from itertools import count
 from typing import Any, TypeVar
 
-from chest.errors import CorruptIndexError
+from chest.errors import CorruptIndexError, locating
 from chest.filenames import digest_name, is_safe_filename, pack_number, stays_inside
 from chest.files import is_there, starts_with
 
@@ -173,9 +173,13 @@ class Directory:
     def _join(self, name: str) -> str:
         return os.path.join(self.path, name)
 
-    def remove_staging(self, *, every: bool = False) -> None:
-        """Remove the staging files that others abandoned, or all of them."""
-        for name in self.staging(every=every):
+    def remove_abandoned(self) -> None:
+        """Remove the staging files that others abandoned; those that stay are tried again later."""
+        self.remove_staged(map(self._join, self.staging()))
+
+    def remove_staging(self) -> None:
+        """Remove every staging file."""
+        for name in self.staging(every=True):
             remove_quietly(self._join(name))
 
     def staging(self, *, every: bool = False) -> list[str]:
@@ -325,7 +329,7 @@ def _age(path: str) -> float:
 
 def sync_file(path: str) -> None:
     """Make sure that the content of a file survives a power cut."""
-    with FileIO(path, "r+") as file:
+    with locating(path), FileIO(path, "r+") as file:
         os.fsync(file.fileno())
 
 
@@ -335,6 +339,7 @@ def sync_folder(path: str) -> None:
         return
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with locating(path):
+            os.fsync(fd)
     finally:
         os.close(fd)

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from io import FileIO
 from zlib import crc32
 
+from chest.errors import locating
+
 MAGIC = b"chest\x00\x01\n"
 HEAD = 16
 FRAME_HEAD = 8
@@ -92,7 +94,7 @@ def _read(file: FileIO, start: int, end: int) -> bytes:
 def write_log(path: str, payloads: list[bytes], *, fsync: bool) -> None:
     """Write a new log of `payloads` to the new file `path`."""
     data = b"".join(map(frame, payloads))
-    with open(path, "xb") as file:
+    with locating(path), open(path, "xb") as file:
         file.write(MAGIC + encode_length(HEAD + len(data)).to_bytes(8, "little") + data)
         if fsync:
             file.flush()

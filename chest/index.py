@@ -172,7 +172,8 @@ class Index:
         self.seen = -1 if foreign else 0  # nobody tells when an old index is replaced: look
 
     def _is_foreign(self, file: FileIO) -> bool:
-        start = file.read(HEAD)
+        with locating(self.path):
+            start = file.read(HEAD)
         if not start.startswith(MAGIC[:6]):
             return True
         if len(start) < HEAD or not start.startswith(MAGIC):
@@ -276,7 +277,8 @@ class Index:
         return length
 
     def _size(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
+        with locating(self.path):
+            return os.fstat(self._file.fileno()).st_size
 
     def _read(self, start: int, end: int) -> list[bytes]:
         with locating(self.path):
@@ -432,12 +434,14 @@ class Index:
 
     def uncommitted(self) -> list[bytes]:
         """Return the payloads beyond the committed length; needs the lock."""
-        return read_frames(self._file, self._read_to, self._size())[0]
+        with locating(self.path):
+            return read_frames(self._file, self._read_to, self._size())[0]
 
     def cut(self, frames: int = 0) -> None:
         """Remove what lies beyond the committed length and `frames` more; needs the lock."""
         del self._ends[frames:]
-        self._file.truncate(self._written_to)
+        with locating(self.path):
+            self._file.truncate(self._written_to)
 
     def leave(self) -> None:
         """Leave what was appended to the next writer, to sweep what it names; needs the lock."""
@@ -453,12 +457,15 @@ class Index:
 
     def publish(self) -> None:
         """Commit the frames appended since the last time; needs the lock."""
-        if self._fsync:
-            os.fsync(self._file.fileno())
+        self._sync()
         self.publishing = _native(encode_length(self._written_to))
         self.head[1] = self.publishing
+        self._sync()
+
+    def _sync(self) -> None:
         if self._fsync:
-            os.fsync(self._file.fileno())
+            with locating(self.path):
+                os.fsync(self._file.fileno())
 
     @property
     def appended(self) -> int:

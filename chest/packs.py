@@ -19,6 +19,7 @@ from io import FileIO
 from itertools import accumulate
 
 from chest.directory import Directory, remove_quietly
+from chest.errors import locating
 from chest.filenames import pack_number
 from chest.files import demand_file, demand_own, is_there, own_size
 from chest.serialize import digest_bytes
@@ -100,7 +101,10 @@ class Packs:
         file = self._open.get(name)
         if file is None or length > PACKED or place >= FURTHEST:
             return None
-        data = file.read_at(length, place)
+        try:
+            data = file.read_at(length, place)
+        except OSError:
+            return None  # to read it tells
         return data if digest_bytes(data) == digest and len(data) == length else None
 
     def read_span(
@@ -161,9 +165,9 @@ class Packs:
             remove_quietly(path)
             self.forget(name)
         elif self.size(name) > place:
-            with FileIO(path, "r+") as file:
+            with locating(path), FileIO(path, "r+") as file:
                 demand_own(file, path)
-                os.truncate(file.fileno(), place)
+                file.truncate(place)
 
     def new_name(self, known: Iterable[str]) -> str:
         """Return a name that is higher than those `known`, and that nobody uses."""

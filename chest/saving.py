@@ -12,7 +12,7 @@ from typing import Any
 
 from chest.changes import STEP
 from chest.columns import SURE, as_read
-from chest.errors import KeyTypeError, ReadOnlyError, told
+from chest.errors import KeyTypeError, ReadOnlyError
 from chest.ledger import UNSAVED
 from chest.loading import Loading
 from chest.packs import MANY, PACKED
@@ -101,10 +101,9 @@ class Saving(Loading):
             some = min(4 * some, STEP) if _nbytes(dumped) < STREAM_BYTES else max(some // 4, 1)
             try:
                 batch.add([*streams], [*streams.values()])
-            except OSError as refused:
-                error = told(refused, self.store.directory.path, STEP * PACKED)
+            except OSError as error:
                 if stop:
-                    raise error from refused
+                    raise
                 unsaved.update(dict.fromkeys(streams, error))
         if len(batch) < MANY:
             for key in [key for key in batch.streams if not self.ledger.is_packed(key)]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from chest.columns import Puts
 from chest.directory import Directory, keep_from_children
+from chest.errors import locating, told
 from chest.packs import PACK_BYTES, write_all
 from chest.serialize import digest_bytes
 
@@ -87,7 +88,8 @@ class StagedPack:
     def close(self, *, fsync: bool) -> None:
         """Be done with writing."""
         if fsync and not self._file.closed:
-            os.fsync(self._file.fileno())
+            with locating(self.path):
+                os.fsync(self._file.fileno())
         self._file.close()
 
 
@@ -153,11 +155,14 @@ class Batch:
         Raises
         ------
         OSError
-            If the disk refuses; then none of them is added.
+            If the disk refuses, told with path, needed and free bytes; then none of them is added.
         """
-        if not self.packs or self.packs[-1].nbytes >= PACK_BYTES:
-            self.packs.append(StagedPack(self._directory.staging_path()))
-        self.packs[-1].append(keys, streams, digests or list(map(digest_bytes, streams)))
+        try:
+            if not self.packs or self.packs[-1].nbytes >= PACK_BYTES:
+                self.packs.append(StagedPack(self._directory.staging_path()))
+            self.packs[-1].append(keys, streams, digests or list(map(digest_bytes, streams)))
+        except OSError as error:
+            raise told(error, self._directory.path, sum(map(len, streams))) from error
 
     def remove(self, keys: Collection[Any]) -> None:
         """Take back values that are history."""

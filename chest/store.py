@@ -262,7 +262,7 @@ class Store(Upkeep):
             return
         # What could not be removed is named by the frames: they stay for the next writer.
         self.index.rewind()
-        if not frames:
+        if self._transaction is None:
             self.index.leave()
 
     def _publish(self, written: Written) -> None:
@@ -324,7 +324,7 @@ class Store(Upkeep):
                 # So that a crash from here on leaves an empty chest.
                 self.commit(Batch(self.directory))
                 self.tidy()
-                self.directory.remove_staging(every=True)
+                self.directory.remove_staging()
                 self.index.remove()
         self.close()
         try:
@@ -337,7 +337,7 @@ class Store(Upkeep):
         """Remove every file that the chest wrote, where nobody can commit any more."""
         obsolete = (entry.file for entry in self.ledger.obsolete)
         self.directory.remove([*self.ledger.files(), *self.ledger.packs, *obsolete])
-        self.directory.remove_staging(every=True)
+        self.directory.remove_staging()
         remove_quietly(self.index.path)
         with suppress(OSError):  # there are files of others
             os.rmdir(self.directory.path)

@@ -11,7 +11,7 @@ from itertools import count
 
 from chest.columns import Entry, FrameError, is_plain, own_entries
 from chest.directory import INDEX
-from chest.errors import KeyTypeError
+from chest.errors import KeyTypeError, locating, told
 from chest.filenames import digest_name, is_safe_filename, pack_number
 from chest.files import is_there, own_size
 from chest.frames import HEAD, frame
@@ -63,7 +63,7 @@ class Upkeep(Reading, ABC):
         self._remove_dead_packs()
         self._remove([entry for entry in self.ledger.obsolete if not self._is_foreign(entry)])
         if not self._swept_staging:
-            self.directory.remove_staging()
+            self.directory.remove_abandoned()
             self._swept_staging = True
 
     def _remove_uncommitted(self) -> None:
@@ -165,7 +165,7 @@ class Upkeep(Reading, ABC):
         """
         before = self._nbytes_of_upkeep()
         self._sweep()
-        self.directory.remove_staging()
+        self.directory.remove_abandoned()
         packs = self.ledger.packs
         wasted = {name for name, alive in packs.items() if alive < self.packs.size(name)}
         wasted -= self.ledger.unreadable_files()  # whose keys cannot be written
@@ -193,11 +193,12 @@ class Upkeep(Reading, ABC):
     def _read_or_nothing(self, entry: Entry) -> bytes:
         name, place, length, digest = entry
         try:
-            data = self.packs.read(name, place, length)
-            if digest_bytes(data) == digest:
-                return data
-            self.packs.forget(name)  # another one may have the name by now
-            return self.packs.read(name, place, length)
+            with locating(self.directory.full_path(name)):
+                data = self.packs.read(name, place, length)
+                if digest_bytes(data) == digest:
+                    return data
+                self.packs.forget(name)  # another one may have the name by now
+                return self.packs.read(name, place, length)
         except FileNotFoundError:
             return b""
 
@@ -223,6 +224,8 @@ class Upkeep(Reading, ABC):
         scratch = self.directory.staging_path()
         try:
             self.index.replace(payloads, scratch)
+        except OSError as error:
+            raise told(error, self.index.path, HEAD + sum(map(len, payloads))) from error
         finally:
             self.directory.remove_staged([scratch])
 

@@ -998,7 +998,7 @@ def test_a_tail_that_cannot_be_cut_now_is_cut_by_the_next_commit(path, disk, bef
         c.update(small(64, before))
         disk.room = 100
         with monkeypatch.context() as patch:
-            patch.setattr(os, "truncate", refuse)
+            patch.setattr(chest.packs.FileIO, "truncate", refuse)
             patch.setattr(os, "unlink", refuse)
             with pytest.raises(UnsavedError, match=FULL):
                 c.flush()

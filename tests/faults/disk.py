@@ -52,6 +52,11 @@ class Call:
     def changes(self):
         return self.name in CHANGES
 
+    def error(self, number):
+        """Return what it raises when it fails: calls on descriptors name no path."""
+        by_descriptor = self.name in ("write", "read", "map", "fsync", "truncate")
+        return OSError(number, os.strerror(number), *([] if by_descriptor else [self.path]))
+
 
 class Disk:
     """See above; `root` is a folder that does not move."""
@@ -99,6 +104,9 @@ class Disk:
 
             def read(self, size=-1):
                 return disk.call("read", self.path, lambda: FileIO.read(self, size))
+
+            def readall(self):
+                return disk.call("read", self.path, lambda: FileIO.readall(self))
 
             def readinto(self, buffer):
                 return disk.call("read", self.path, lambda: FileIO.readinto(self, buffer))
