@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from chest.ledger import UNSAVED, Ledger
 from chest.memory import Memory
 from chest.residents import MISSING
 from chest.serialize import any_changeable, changeable
-from chest.staging import Batch
+from chest.staging import Batch, Staged
 
 MAX_OPEN_FILES = 512
 THREADS = 8
@@ -236,9 +237,21 @@ def _stage(memory: Memory, other: Memory, key: Any, batch: Batch) -> bool:
         other.begin()
         row = other.ledger.rows.get(key, UNSAVED)
         same = row >= 0 and other.ledger.entry(row) == entry
+        same = same and (packed or _is_as_named(memory, batch.files[key], other, entry))
     if same and packed:
         batch.add([key], [stream])
         memory.store.write_like(other.store)
     elif not same:
         batch.remove([key])  # that name may be another value's by now
     return same
+
+
+def _is_as_named(memory: Memory, staged: Staged, other: Memory, entry: Entry) -> bool:
+    """Tell whether what was linked is what the entry names: it may have been replaced, and back."""
+    try:
+        source = other.store.directory.full_path(entry.file)
+        if os.path.samefile(source, staged.path):
+            return True
+        return memory.serializer.measure(staged.path) == (entry.length, entry.digest)
+    except Exception:  # noqa: BLE001 -- gone by now, or no stream at all: getting the value tells
+        return False

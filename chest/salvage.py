@@ -106,6 +106,7 @@ class _Wreck:
     """Passes for an `Index` that is read once."""
 
     foreign = False
+    seen = 0
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -115,9 +116,9 @@ class _Wreck:
             self.found = salvage(file.read())
         self._told = False
 
-    def refresh(self, *, look: bool = False) -> tuple[bool, list[bytes]]:
+    def refresh(self, **_: bool) -> tuple[bool, list[bytes]]:
         """Return what was salvaged, the first time."""
-        anew, self._told = not self._told or look, True
+        anew, self._told = not self._told, True
         return anew, self.found.payloads if anew else []
 
     def uncommitted(self) -> list[bytes]:

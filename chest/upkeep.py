@@ -41,6 +41,7 @@ class Upkeep(Reading, ABC):
         self, path: str, serializer: Serializer, options: Options, *, reopen: bool = False
     ) -> None:
         self._swept_staging = False
+        self._unsure: list[Entry] = []  # left files of which nobody could tell whose they are
         self._compact_from = COMPACT_RECORDS
         self._tolerated = 0  # bytes retired from packs before waste is looked for
         super().__init__(path, serializer, options, reopen=reopen)
@@ -61,7 +62,12 @@ class Upkeep(Reading, ABC):
             self._remove_uncommitted()
             self.index.cut()
         self._remove_dead_packs()
-        self._remove([entry for entry in self.ledger.obsolete if not self._is_foreign(entry)])
+        if self._unsure:  # a name may have been used again
+            live = self.ledger.files()
+            self._unsure = [entry for entry in self._unsure if entry.file not in live]
+        ours, self._unsure = self._sort_out([*self.ledger.obsolete, *self._unsure])
+        self.ledger.obsolete = ours
+        self._remove(ours)
         if not self._swept_staging:
             self.directory.remove_abandoned()
             self._swept_staging = True
@@ -79,19 +85,30 @@ class Upkeep(Reading, ABC):
                 self.packs.cut(entry.file, entry.place if entry.file in live else 0)
             elif is_safe_filename(entry.file) and entry.file not in live:
                 left.append(entry)
-        left = [entry for entry in left if not self._is_foreign(entry)]
-        stuck = self.directory.remove(entry.file for entry in left)
-        self.ledger.obsolete += [entry for entry in left if entry.file in stuck]
+        ours, unsure = self._sort_out(left)
+        stuck = self.directory.remove(entry.file for entry in ours)
+        self._unsure += unsure
+        self.ledger.obsolete += [entry for entry in ours if entry.file in stuck]
 
-    def _is_foreign(self, entry: Entry) -> bool:
-        """Tell whether a file that should have gone is another than the one that we wrote."""
+    def _is_foreign(self, entry: Entry) -> bool | None:
+        """Tell whether a file that should have gone is another than ours; None if nobody can."""
         path = self.directory.full_path(entry.file)
-        if not is_there(path):
-            return False
         try:
+            if not is_there(path):
+                return False
             return self.serializer.measure(path, entry.length) != (entry.length, entry.digest)
-        except Exception:  # noqa: BLE001 -- what cannot be read, or decompressed, is not ours
+        except FileNotFoundError:
+            return True  # something that is no file
+        except OSError as error:
+            return None if error.errno else True  # a decompressor's error has none
+        except Exception:  # noqa: BLE001 -- decompressors raise anything at what we did not write
             return True
+
+    def _sort_out(self, entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+        """Return those of obsolete files that are ours, and those of which nobody can tell now."""
+        foreign = [(entry, self._is_foreign(entry)) for entry in entries]
+        ours = [entry for entry, is_foreign in foreign if is_foreign is False]
+        return ours, [entry for entry, is_foreign in foreign if is_foreign is None]
 
     def _remove(self, entries: list[Entry]) -> None:
         """Remove obsolete files; what cannot be removed yet stays in the books."""
@@ -239,7 +256,8 @@ class Upkeep(Reading, ABC):
             path = self.directory.full_path(copy.file)
             there = is_there(path)
             # One that is there already, and no other's, is from a try that a crash ended.
-            if copy.file in named or (there and (not own_size(path) or self._is_foreign(copy))):
+            taken = there and (not own_size(path) or self._is_foreign(copy) is not False)
+            if copy.file in named or taken:
                 continue
             named.add(copy.file)
             if not there and os.path.isfile(source):  # else both keys have lost their value

@@ -87,6 +87,7 @@ def _check(reading: Reading, key: Any, entry: Entry, report: Report) -> int | No
     current: Entry | None = entry
     while current is not None:
         entry = current
+        ledger, seen = reading.ledger, reading.index.seen
         found = _fault(reading, key, entry)
         if found is None:
             return entry.length
@@ -94,8 +95,9 @@ def _check(reading: Reading, key: Any, entry: Entry, report: Report) -> int | No
             current = _current(reading, key)
         except CorruptIndexError as error:  # it was sound when this began
             report.index = [error.reason]
-            current = entry
-        if current == entry:
+            current, ledger, seen = entry, reading.ledger, reading.index.seen
+        # After a commit the same entry may be another one's, which was replaced and set back.
+        if current == entry and reading.ledger is ledger and reading.index.seen == seen:
             missing, problem = found
             (report.missing if missing else report.damaged).append(problem)
             return None

@@ -245,28 +245,17 @@ def test_the_streams_that_wait_in_memory_are_few(path, monkeypatch):
         batch.discard()
 
 
-def test_values_that_are_larger_than_they_say_are_not_dumped_all_at_once(path):
+@pytest.mark.parametrize(("n", "nbytes", "limit"), [(400, 250_000, 40e6), (64, 1_000_000, 30e6)])
+def test_values_that_are_larger_than_they_say_are_not_dumped_all_at_once(path, n, nbytes, limit):
     with Chest(path=path, nbytes=lambda value: 1) as c:
-        c.update(dict.fromkeys(range(400), bytes(250_000)))  # 100 MB to write
+        c.update(dict.fromkeys(range(n), bytes(nbytes)))
         tracemalloc.start()
         try:
             c.flush()
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert peak < 40e6
-
-
-def test_so_it_is_with_few_of_them(path):
-    with Chest(path=path, nbytes=lambda value: 1) as c:
-        c.update(dict.fromkeys(range(64), bytes(1_000_000)))
-        tracemalloc.start()
-        try:
-            c.flush()
-            _, peak = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-        assert peak < 30e6
+        assert peak < limit
 
 
 class Restless:

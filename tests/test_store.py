@@ -27,6 +27,7 @@ from chest.columns import Entry, Puts, encode
 from chest.directory import Directory
 from chest.index import MAGIC, Index, encode_length, frame
 from chest.ledger import Ledger
+from chest.serialize import Serializer
 
 AGES_AGO = (0, 0)
 drops_it_open = pytest.mark.filterwarnings("ignore:a chest was not closed:ResourceWarning")
@@ -605,6 +606,32 @@ def test_what_could_not_be_swept_is_swept_later(path, monkeypatch):
         c.flush()
         assert files(path) == {"x", "y", "z"}
         c._check()
+
+
+@pytest.mark.parametrize("whose", ["ours", "another's"])
+def test_what_could_not_be_looked_at_is_looked_at_later(path, monkeypatch, whose):
+    with Chest({"x": 1}, path=path):
+        pass
+    append(path, encode(block(1, new=value_file(path, "new", 2)), first=True))
+    if whose != "ours":
+        value_file(path, "new", "written by somebody else since")
+    real = Serializer.measure
+
+    def measure(self, full, *args):
+        if os.path.basename(full) == "new":
+            raise OSError(errno.EIO, "Input/output error", full)
+        return real(self, full, *args)
+
+    with Chest(path=path) as c:
+        with monkeypatch.context() as patch:
+            patch.setattr(Serializer, "measure", measure)
+            for n in range(2):
+                c["y"] = n
+                c.flush()
+                assert "new" in files(path)
+        c["z"] = 4
+        c.flush()
+        assert ("new" in files(path)) is (whose != "ours")
 
 
 def test_the_values_that_count_are_not_swept_whatever_lies_beyond(path):
@@ -1298,6 +1325,32 @@ def test_values_of_another_chest_are_linked_or_copied_and_never_loaded(
         c["x"].append(3)
     assert read_back(source)["x"] == "changed"
     assert read_back(path)["x"] == [1, 3]
+
+
+def test_a_value_that_is_another_one_just_while_it_is_linked_is_taken_over_as_it_is(
+    path, tmp_path, monkeypatch
+):
+    with Chest({"x": "A" * 5000}, path) as b, Chest(path=tmp_path / "new") as c:
+        b.flush()
+        real = chest.store._link_or_copy
+
+        def put(letter):
+            del b["x"]  # which frees the name of its file
+            b.flush()
+            b["x"] = letter * 5000
+            b.flush()
+
+        def link(*args):
+            monkeypatch.setattr(chest.store, "_link_or_copy", real)
+            put("B")
+            real(*args)
+            put("A")
+
+        with Chest(path=path) as a:
+            monkeypatch.setattr(chest.store, "_link_or_copy", link)
+            c.update(a)
+        assert c["x"] == "A" * 5000
+        c._check()
 
 
 def test_a_value_that_can_neither_be_linked_nor_copied_is_set(path, tmp_path, monkeypatch):

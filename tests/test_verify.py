@@ -29,6 +29,7 @@ from chest import (
 from chest.columns import Puts, encode
 from chest.index import frame
 from chest.pickled import PickledKey, holds_json, skim
+from chest.reading import Reading
 
 JSON = {"dump": json.dump, "load": json.load}
 KINDS = [
@@ -50,13 +51,7 @@ def make(path, **options):
 
 def tree(path):
     """Every file below a directory, with its content."""
-    found = {}
-    for folder, _, names in os.walk(path):
-        for name in names:
-            full = os.path.join(folder, name)
-            with open(full, "rb") as file:
-                found[os.path.relpath(full, path).replace(os.sep, "/")] = file.read()
-    return found
+    return {name: content for name, (content, _) in test_old.tree(path).items()}
 
 
 def flip(path, name, place=-1):
@@ -664,3 +659,27 @@ def test_a_copy_on_read_only_media_is_verified(path):
         for folder, _, _ in os.walk(path + "-copy"):
             with suppress(OSError):
                 os.chmod(folder, 0o755)
+
+
+def test_a_value_that_is_replaced_and_set_back_while_it_is_looked_at_is_sound(path, monkeypatch):
+    with Chest({"x": "first"}, path) as other:
+        other.flush()
+        real, looks = Reading.check_value, []
+
+        def check_value(self, *args):
+            looks.append(args)
+            if len(looks) > 2:
+                return real(self, *args)
+            for value in ("second", "first"):  # the same entry again, and no file in between
+                if value == "first":
+                    with pytest.raises(CorruptValueError) as caught:
+                        real(self, *args)
+                other["x"] = value
+                other.flush()
+            raise caught.value
+
+        monkeypatch.setattr(Reading, "check_value", check_value)
+        with Chest(path=path, readonly=True) as c:
+            report = c.verify()
+        assert report.ok, str(report)
+        assert len(looks) == 3

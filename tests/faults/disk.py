@@ -94,12 +94,16 @@ class Disk:
                 def half():
                     return FileIO.write(self, view[: len(view) // 2])
 
+                def do():
+                    return FileIO.write(self, view)
+
                 args = self.tell(), bytes(view)
-                do = lambda: FileIO.write(self, view)  # noqa: E731
                 return disk.call("write", self.path, do, half=half, file=self, args=args)
 
             def truncate(self, size):
-                do = lambda: FileIO.truncate(self, size)  # noqa: E731
+                def do():
+                    return FileIO.truncate(self, size)
+
                 return disk.call("truncate", self.path, do, file=self, args=(size,))
 
             def read(self, size=-1):
@@ -141,7 +145,9 @@ class Disk:
 
             def __setitem__(self, place, word):
                 args = 8 * place, word.to_bytes(8, "little")
-                do = lambda: self._view.__setitem__(place, word)  # noqa: E731
+                def do():
+                    self._view[place] = word
+
                 disk.call("store", self._file.path, do, file=self._file, args=args)
 
             def release(self):
