@@ -456,11 +456,21 @@ class Index:
             data = data[self._file.write(data) :]
 
     def publish(self) -> None:
-        """Commit the frames appended since the last time; needs the lock."""
+        """Commit the frames appended since the last time; needs the lock.
+
+        Raises
+        ------
+        OSError
+            If the disk refuses; where `published` is true then, the commit counts.
+        """
         self._sync()
         self.publishing = _native(encode_length(self._written_to))
         self.head[1] = self.publishing
-        self._sync()
+        try:
+            self._sync()
+        except OSError as error:  # others may have read it by now
+            message = f"{error.strerror}: it is committed, but may be lost if the power fails"
+            raise OSError(error.errno, message, self.path) from error
 
     def _sync(self) -> None:
         if self._fsync:

@@ -162,7 +162,7 @@ class Store(Upkeep):
         Raises
         ------
         OSError
-            If the disk refuses; then nothing is published.
+            If the disk refuses; then nothing is published, or the error says that it is.
         """
         if not self.index.is_locked:
             raise RuntimeError("a commit needs the lock of the index")

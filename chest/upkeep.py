@@ -141,6 +141,7 @@ class Upkeep(Reading, ABC):
             self.repack(names)
         except OSError as error:
             logger.warning("the packs in %s could not be compacted: %s", self.directory.path, error)
+            self.catch_up()  # it counts if all that failed is the last fsync
         self._remove_dead_packs()
 
     def repack(self, names: set[str]) -> None:

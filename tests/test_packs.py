@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from functools import partialmethod
 from io import FileIO
@@ -495,6 +496,33 @@ def test_a_pack_that_goes_just_before_it_is_copied_costs_its_own_values(
             assert found == (key, os.path.join(two_packs, ".pack-1"))
             c[key] = value
     assert read_back(two_packs) == kept
+
+
+def test_a_copied_pack_counts_though_the_last_fsync_fails(two_packs, tight, monkeypatch, caplog):
+    monkeypatch.setattr(chest.upkeep, "WASTE", 1)
+    fsync, sync = os.fsync, Index._sync
+
+    def fail(number):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def sync_index(self):
+        copied = "_repack" in {frame.name for frame in traceback.extract_stack()}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail if copied and self.published else fsync)
+            sync(self)
+
+    monkeypatch.setattr(Index, "_sync", sync_index)
+    kept = small(3) | small(3, 64)
+    with Chest(path=two_packs, fsync=True) as c:
+        for key in {*c} - {*kept}:
+            del c[key]
+        c.write_keys()
+        assert "it is committed, but may be lost if the power fails" in caplog.text
+        assert packs(two_packs) == [".pack-3"]
+        c["more"] = 1
+        c.flush()
+        c._check()
+    assert read_back(two_packs) == kept | {"more": 1}
 
 
 # -- room on disk ---------------------------------------------------------------------------------
