@@ -1627,7 +1627,7 @@ def test_a_child_that_lives_on_keeps_no_lock_of_a_parent_that_was_killed(fresh, 
     path = fresh()
     steps = count_steps(action, lambda: Chest(path=path))
     ready_end, told_end = os.pipe()
-    for step in sample(steps, 250 if action is compact else 60):
+    for step in sample(steps, 80 if action is compact else 30):
         path = fresh()
         read_end, write_end = os.pipe()
 

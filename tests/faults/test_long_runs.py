@@ -26,7 +26,7 @@ from damage import FULL, SEED
 import chest.upkeep
 from chest import Chest
 
-FACTOR = 50 if FULL else 1
+FACTOR = 50 if FULL else 0.5
 LOOKS = 16
 WASTE = 5_000  # bytes
 RECORDS = 200
@@ -157,7 +157,7 @@ def gauge(path):
 
 def parts(operations):
     """Yield, for each look, how many operations come before it."""
-    return [operations * FACTOR // LOOKS] * LOOKS
+    return [int(operations * FACTOR) // LOOKS] * LOOKS
 
 
 @pytest.mark.parametrize("options", [{}, {"dump": json.dump, "load": json.load}, {"fsync": True}])
