@@ -15,7 +15,7 @@ import logging
 import operator
 import pickle
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby, repeat
 from typing import Any
@@ -429,12 +429,11 @@ class Ledger:
         self._serials.extend(block.serials)
         self.records += len(block.files)
         keys, rows = self._block_keys(block, base)
-        if not self._deleted and self.rows.keys().isdisjoint(keys):
+        if not self._deleted:  # keys that are there keep their old rows as yet
             n = len(self.rows)
-            self.rows.update(zip(keys, rows, strict=True))
-            if len(self.rows) != n + len(keys):
-                raise FrameError("it has a key twice")
-            return
+            deque(map(self.rows.setdefault, keys, rows), maxlen=0)
+            if len(self.rows) == n + len(keys):
+                return
         if len({*keys}) != len(keys):
             raise FrameError("it has a key twice")
         again = {key for key in self._deleted if key in self.rows}  # and then set here
@@ -456,7 +455,7 @@ class Ledger:
             self._tell((k, b) for k, b, n in old if b >= 0 and digests[b] != digests[n])
         self.rows.update(zip(keys, rows, strict=True))
         files, packs = self._files, self.packs
-        pairs = [pair for pair in zip(before, rows, strict=True) if pair[0] >= 0]
+        pairs = [(b, n) for b, n in zip(before, rows, strict=True) if b >= 0 and b != n]
         self._retire(b for b, n in pairs if files[b] in packs or files[b] != files[n])
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Sequence[int]]:
