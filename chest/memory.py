@@ -70,7 +70,7 @@ class Memory(Spilling):
                         if store is self._store:
                             self._publish(store)
                     except BaseException:
-                        if store is self._store:
+                        if store is self._store and self.in_transaction:
                             self._fail(store, me)
                         raise
             finally:
@@ -81,7 +81,12 @@ class Memory(Spilling):
     def _publish(self, store: Store) -> None:
         """Commit what a transaction did."""
         self.flush()
-        store.end_transaction()
+        try:
+            store.end_transaction()
+        except OSError:
+            if not store.in_transaction:  # it counts, and only may not survive a power cut
+                self._isolate(False)
+            raise
         self._isolate(False)
         store.tidy()
         self._look(store)

@@ -295,12 +295,18 @@ class Store(Upkeep):
         Raises
         ------
         OSError
-            If the disk refuses: then it has to be rolled back.
+            If the disk refuses: then it has to be rolled back if `in_transaction` is still true.
         """
         if self.index.seen == -1:
             raise RuntimeError("the transaction is rolled back, for a commit was interrupted in it")
         if self.index.appended and self._transaction is not None:
-            self._publish(self._transaction)
+            try:
+                self._publish(self._transaction)
+            except OSError:
+                if not self.index.abandoned and self.index.published:
+                    self.index.acknowledge()
+                    self._transaction = None
+                raise
             self.index.acknowledge()
         self._transaction = None
 
