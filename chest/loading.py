@@ -184,7 +184,8 @@ class Loading(Changes):
                         and not self._hands.held
                         and self.eviction.total + size <= self.available
                     ):
-                        self._enter_fixed(key, value, size, 0)
+                        self._keep_fixed(key, value)
+                        self.eviction.enroll(key, size, 0)
                         taken = True
                     else:
                         taken = self._take_in(key, Entry(*where), value, size, digest, 0, False)

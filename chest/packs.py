@@ -53,8 +53,8 @@ class _Reader(FileIO):
         else:
             self.read_at = partial(_read_at, path)
 
-    def __del__(self) -> None:
-        self.close()
+    # No function of Python: an interrupt as that begins would leave the file open for ever.
+    __del__ = FileIO.close
 
 
 def _read_at(path: str, length: int, place: int) -> bytes:

@@ -229,24 +229,22 @@ class Residents(ABC):
 
     def _enter(self, key: Hashable, value: Any, size: int, uses: int) -> None:
         """Make a value resident."""
-        self._hands.forget(key)
         if changeable(value):
             self._loose[key] = None
             self._hide(key)
             self.inmem[key] = value
-            self.eviction.enroll(key, size, uses)
         elif self.in_transaction:
             self.inmem[key] = value
             self._fresh[key] = value  # a hit that began before may be looking at `_fixed`
-            self.eviction.enroll(key, size, uses)
         else:
-            self._enter_fixed(key, value, size, uses)
+            self._keep_fixed(key, value)
+        self._hands.forget(key)  # only now: an interrupt before that would leave it nowhere
+        self.eviction.enroll(key, size, uses)
 
-    def _enter_fixed(self, key: Hashable, value: Any, size: int, uses: int) -> None:
+    def _keep_fixed(self, key: Hashable, value: Any) -> None:
         self.inmem[key] = value
         if self._fixed is not self.inmem:
             self._fixed[key] = value
-        self.eviction.enroll(key, size, uses)
 
     def part(self) -> None:
         """Let `inmem` be a dict of its own from now on; needs the lock."""

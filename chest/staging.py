@@ -159,10 +159,18 @@ class Batch:
         """
         try:
             if not self.packs or self.packs[-1].nbytes >= PACK_BYTES:
-                self.packs.append(StagedPack(self._directory.staging_path()))
+                self._begin_pack()
             self.packs[-1].append(keys, streams, digests or list(map(digest_bytes, streams)))
         except OSError as error:
             raise told(error, self._directory.path, sum(map(len, streams))) from error
+
+    def _begin_pack(self) -> None:
+        path = self._directory.staging_path()
+        try:
+            self.packs.append(StagedPack(path))
+        except BaseException:  # an interrupt: nobody else knows of the file yet
+            self._remove([path])
+            raise
 
     def remove(self, keys: Collection[Any]) -> None:
         """Take back values that are history."""

@@ -37,6 +37,7 @@ from itertools import count
 
 import pytest
 
+import chest.staging
 import chest.store
 import chest.upkeep
 from chest import Chest
@@ -1265,6 +1266,65 @@ def test_an_update_that_is_interrupted_after_its_commit_leaves_no_old_value_in_m
         c["a"] = "newer"
         c.flush()  # which removes the old files
         c._check()
+
+
+@pytest.mark.parametrize("change", ["set", "replace", "get"])
+def test_a_change_in_hand_outlives_an_interrupt_as_its_value_becomes_resident(path, change):
+    do = {
+        "set": lambda c: c.update(b=2),
+        "replace": lambda c: c.update(a="new"),
+        "get": lambda c: c["a"],
+    }[change]
+    interrupted = 0
+    for times in count(1):
+        with Chest({"a": [1]}, path, available_memory=0) as c:
+            c["a"] = [1]
+            c.flush()
+            c["a"].append(times)  # it is in hand alone
+            c.available_memory = 1000
+            try:
+                with interrupted_after("pop", "forget", times):
+                    do(c)
+            except KeyboardInterrupt:
+                interrupted += 1
+            else:
+                break
+            assert c["a"] in ([1, times], "new")
+            c._check()
+    assert interrupted
+
+
+def test_an_interrupt_as_a_pack_is_begun_leaves_no_file(path, monkeypatch):
+    def interrupted(file):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with Chest({n: n for n in range(100)}, path) as c, silent():
+        c.flush()
+        c.update({n: -n for n in range(50)})
+        monkeypatch.setattr(chest.staging, "keep_from_children", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            c.compact()
+        c._check()
+        assert not [name for name in os.listdir(path) if name.startswith(".new")]
+
+
+def test_no_interrupt_comes_as_a_pack_is_closed(path):
+    def profile(frame, event, arg):
+        if event == "call" and frame.f_code.co_name == "__del__":
+            raise KeyboardInterrupt
+
+    with Chest({n: n for n in range(100)}, path):
+        pass
+    with Chest(path=path) as c, silent():
+        assert c[1] == 1  # from here on the pack is open
+        c.update({n: -n for n in range(50)})
+        sys.setprofile(profile)
+        try:
+            c.compact()
+        finally:
+            sys.setprofile(None)
+        assert not [name for name in open_files(path) if "deleted" in name]
 
 
 def test_a_deletion_that_is_interrupted_as_it_looks_at_what_was_in_hand(path, monkeypatch):
