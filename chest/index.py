@@ -215,6 +215,11 @@ class Index:
         self.head = memoryview(bytes(HEAD)).cast("Q")
         self._map = None
 
+    @property
+    def closed(self) -> bool:
+        """Whether the file is closed."""
+        return self._file.closed
+
     def abandon(self) -> None:
         """Close file and map in a forked child: each would keep a lock of its parent alive."""
         self.abandoned = True

@@ -248,9 +248,16 @@ class Memory(Spilling):
             if self.readonly:
                 raise ReadOnlyError(str(self.path), "drop the chest")
             self._refuse_in_transaction("drop the chest")
-            if self.path is not None and (self.options.path or self._owner == os.getpid()):
-                self.store.drop()
-            self._end()
+            mine = self.path is not None and (self.options.path or self._owner == os.getpid())
+            store = self.store if mine else None
+            try:
+                if store is not None:
+                    store.drop()
+                self._end()
+            except BaseException:
+                if store is not None and store.index.closed:  # all but an empty folder is gone
+                    self._end()
+                raise
 
     def _is_temporary(self) -> bool:
         """Tell whether the directory, if there is one, goes with this chest."""

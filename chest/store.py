@@ -332,12 +332,14 @@ class Store(Upkeep):
                 self.tidy()
                 self.directory.remove_staging()
                 self.index.remove()
-        self.close()
         try:
-            os.rmdir(self.directory.path)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                raise
+            self.close()
+        finally:  # also after an interrupt: nobody drops a chest that is closed
+            try:
+                os.rmdir(self.directory.path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                    raise
 
     def erase(self) -> None:
         """Remove every file that the chest wrote, where nobody can commit any more."""

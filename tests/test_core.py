@@ -1655,6 +1655,24 @@ def test_drop_removes_everything_the_chest_wrote(path):
     assert not os.path.exists(path)
 
 
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EACCES])
+def test_a_drop_that_may_not_remove_the_folder_closes_the_chest(path, monkeypatch, code):
+    """As at a mount point, or in a folder of somebody else's."""
+
+    def refuse(folder):
+        raise OSError(code, os.strerror(code), folder)
+
+    with Chest({"x": [1]}, path) as c:
+        c.flush()
+        monkeypatch.setattr(os, "rmdir", refuse)
+        with pytest.raises(OSError, match=path):
+            c.drop()
+        assert c.closed
+        assert os.listdir(path) == []
+    with Chest(path=path) as c:
+        assert dict(c) == {}
+
+
 def test_a_dropped_directory_can_be_used_again(path):
     store(path, {"x": 1})
     Chest(path=path).drop()

@@ -1294,6 +1294,18 @@ def test_a_change_in_hand_outlives_an_interrupt_as_its_value_becomes_resident(pa
     assert interrupted
 
 
+@pytest.mark.parametrize("where", [("close", "close"), ("rmdir", "drop")])
+def test_a_drop_that_is_interrupted_at_its_end_leaves_a_closed_chest(path, where):
+    with Chest({"a": [1]}, path) as c:
+        c.flush()
+        with pytest.raises(KeyboardInterrupt), interrupted_after(*where):
+            c.drop()
+        assert c.closed
+    assert not os.path.exists(path)
+    with Chest(path=path) as c:
+        assert dict(c) == {}
+
+
 def test_an_interrupt_as_a_pack_is_begun_leaves_no_file(path, monkeypatch):
     def interrupted(file):
         monkeypatch.undo()
