@@ -337,9 +337,12 @@ def sync_folder(path: str) -> None:
     """Make sure that the names in a folder survive a power cut, where the system can."""
     if os.name == "nt":
         return
-    fd = os.open(path, os.O_RDONLY)
+    opened: list[int] = []
     try:
+        # In one call: an interrupt may come before a descriptor has a name.
+        opened.extend(map(os.open, [path], [os.O_RDONLY]))
         with locating(path):
-            os.fsync(fd)
+            os.fsync(opened[0])
     finally:
-        os.close(fd)
+        for fd in opened:
+            os.close(fd)

@@ -1306,6 +1306,16 @@ def test_a_drop_that_is_interrupted_at_its_end_leaves_a_closed_chest(path, where
         assert dict(c) == {}
 
 
+@pytest.mark.parametrize("name", ["open", "extend"])
+def test_a_folder_whose_sync_is_interrupted_does_not_stay_open(path, name):
+    with Chest({"a": [1]}, path, fsync=True) as c:
+        with suppress(KeyboardInterrupt), interrupted_after(name, "sync_folder"):
+            c.flush()
+        assert path not in open_files(path)
+        c.flush()
+        c._check()
+
+
 def test_an_interrupt_as_a_pack_is_begun_leaves_no_file(path, monkeypatch):
     def interrupted(file):
         monkeypatch.undo()
