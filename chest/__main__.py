@@ -7,7 +7,6 @@ import ast
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,44 +15,19 @@ from chest.errors import ChestError, CorruptIndexError, CorruptValueError
 from chest.ledger import UNSAVED
 from chest.options import absolute, looking
 from chest.outside import adopt, open_outside, trusting
+from chest.progress import counting
 from chest.reading import Reading
 from chest.repairs import demand_writable, repair
 from chest.store import Store
 from chest.verify import committed, examine
 
 FINE, DAMAGED, FAILED, INTERRUPTED = 0, 1, 2, 130
-BEAT = 0.2  # seconds between two words of progress
 EPILOG = (
     "exit status: 0 if all is well, 1 if something is damaged, 2 if it cannot be done. "
     "A directory with the name of a command is given as ./ls."
 )
 
 Arguments = argparse.Namespace
-
-
-class _Progress:
-    """Says on a terminal how far long work has come."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-        self._next = time.monotonic() + BEAT
-        self._width = 0
-
-    def __call__(self, done: int, total: int, nbytes: int) -> None:
-        if self._shown and time.monotonic() >= self._next:
-            self._next = time.monotonic() + BEAT
-            self._write(f"{done:,} of {total:,} values, {nbytes / 1e6:,.0f} MB")
-
-    def _write(self, text: str) -> None:
-        sys.stderr.write(f"\r{text:<{self._width}}")
-        sys.stderr.flush()
-        self._width = len(text)
-
-    def end(self) -> None:
-        """Wipe out what was said."""
-        if self._width:
-            self._write("")
-            sys.stderr.write("\r")
 
 
 # -- commands that only look -----------------------------------------------------------------------
@@ -142,11 +116,10 @@ def _key(text: str) -> Any:
 
 
 def _verify(args: Arguments) -> int:
-    progress = _Progress()
     with open_outside(args.path) as (reading, faults):
         adopt(reading)
-        report = examine(reading, faults, progress)
-    progress.end()
+        with counting(sys.stderr.isatty(), "verify") as tally:
+            report = examine(reading, faults, tally)
     print(report)
     return FINE if report.ok else DAMAGED
 
@@ -155,9 +128,7 @@ def _verify(args: Arguments) -> int:
 
 
 def _repair(args: Arguments) -> int:
-    progress = _Progress()
-    report = repair(args.path, progress=progress)
-    progress.end()
+    report = repair(args.path, progress=sys.stderr.isatty())
     print(report)
     return FINE if report.ok else DAMAGED
 

@@ -20,6 +20,7 @@ from chest.hands import Hands
 from chest.loading import TRIES
 from chest.options import Options
 from chest.processes import LAST_WAIT, just_forked, keep_until_end
+from chest.progress import Tally
 from chest.report import Report
 from chest.residents import MISSING, Closed
 from chest.serialize import Serializer, changeable, storing
@@ -190,13 +191,15 @@ class Memory(Spilling):
 
     # -- upkeep ------------------------------------------------------------------------------------
 
-    def verify(self) -> Report:
+    def verify(self, tally: Tally | None = None) -> Report:
         """Read every value that is committed, and tell which are not as they were written."""
         with self.lock:
             if self.closed:
                 raise ChestClosedError(self.path)
             path = self.path
-        return Report(None) if path is None else verify(path, self.serializer, self.options)
+        if path is None:
+            return Report(None)
+        return verify(path, self.serializer, self.options, tally)
 
     def compact(self) -> int:
         """Save everything, and remove what is out of date; return how many bytes that freed."""

@@ -18,15 +18,16 @@ from chest.index import Index
 from chest.options import absolute, looking
 from chest.outside import adopt, open_outside
 from chest.pickled import PickledKey
+from chest.progress import Progress, counting
 from chest.report import Problem, Report
 from chest.salvage import salvage
 from chest.serialize import Open
 from chest.store import Store
-from chest.verify import Progress, check_values, strays
+from chest.verify import check_values, strays
 
 
 def repair(
-    path: str | os.PathLike[str], *, open: Open | None = None, progress: Progress | None = None
+    path: str | os.PathLike[str], *, open: Open | None = None, progress: Progress = None
 ) -> Report:
     """Make a damaged directory a sound chest again, with every value that is as it was written.
 
@@ -41,8 +42,9 @@ def repair(
         The directory.
     open : callable, optional
         What the chest was given as ``open``, if it is none of gzip's, bz2's, lzma's or lz4's.
-    progress : callable, optional
-        Called with the numbers of values that were read, of values in all, and of bytes read.
+    progress : bool or callable, optional
+        True shows how far it is, a callable is called with the numbers of keys done and of keys in
+        all, as by `Chest.verify`. It must not write to the directory, whose lock is held.
 
     Returns
     -------
@@ -84,7 +86,8 @@ def repair(
     store = Store(full, reading.serializer, looking(full, readonly=False), reopen=True)
     try:
         with store.writing():
-            check_values(store, report, progress)
+            with counting(progress, "repair") as tally:
+                check_values(store, report, tally)
             if not report.ok:
                 _drop(store, report)
             report.stray += strays(store)

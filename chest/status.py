@@ -13,6 +13,7 @@ from typing import Any
 
 from chest.errors import ChestError, say
 from chest.memory import Memory
+from chest.progress import Progress, counting
 from chest.report import Report
 from chest.stats import Stats
 
@@ -71,11 +72,17 @@ class Status(Sized):
             self._memory.begin_to_tell()
             self._memory.meter.reset()
 
-    def verify(self) -> Report:
+    def verify(self, *, progress: Progress = None) -> Report:
         """Read every value that is committed, and tell which are not as they were written.
 
         Nothing becomes resident, nothing is loaded, and no lock is held, so that others may go on.
         Values that no flush or spill has written yet are not looked at.
+
+        Parameters
+        ----------
+        progress : bool or callable, optional
+            True shows how far it is, with tqdm if that is installed. A callable is called with two
+            numbers, of keys done and of keys in all: at the start and after each value.
 
         Returns
         -------
@@ -90,7 +97,8 @@ class Status(Sized):
         >>> print(c.verify())
         1 value, 5 bytes: all as written
         """
-        return self._memory.verify()
+        with counting(progress, "verify") as tally:
+            return self._memory.verify(tally)
 
     def compact(self) -> int:
         """Flush, write the index and the packs anew without what is out of date, and remove that.

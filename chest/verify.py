@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -21,15 +21,16 @@ from chest.errors import CorruptIndexError, CorruptValueError, SerializerError
 from chest.ledger import UNSAVED, Ledger
 from chest.options import Options
 from chest.pickled import PickledKey, read_plain, skim
+from chest.progress import Tally
 from chest.reading import Reading
 from chest.report import Problem, Report
 from chest.salvage import open_anyhow
 from chest.serialize import Serializer
 
-Progress = Callable[[int, int, int], object]  # values done, values in all, bytes done
 
-
-def verify(path: str, serializer: Serializer, options: Options) -> Report:
+def verify(
+    path: str, serializer: Serializer, options: Options, tally: Tally | None = None
+) -> Report:
     """Check the directory `path`.
 
     Raises
@@ -39,30 +40,32 @@ def verify(path: str, serializer: Serializer, options: Options) -> Report:
     """
     reading, faults = open_anyhow(path, serializer, replace(options, readonly=True))
     try:
-        return examine(reading, faults)
+        return examine(reading, faults, tally)
     finally:
         reading.close()
 
 
-def examine(reading: Reading, faults: list[str], progress: Progress | None = None) -> Report:
+def examine(reading: Reading, faults: list[str], tally: Tally | None = None) -> Report:
     """Check a directory that is open, whose index has certain faults."""
     report = Report(reading.directory.path, index=faults)
-    check_values(reading, report, progress)
+    check_values(reading, report, tally)
     report.stray += strays(reading)
     return report
 
 
-def check_values(reading: Reading, report: Report, progress: Progress | None = None) -> None:
+def check_values(reading: Reading, report: Report, tally: Tally | None = None) -> None:
     """Read every committed value; add to `report`."""
     ledger = reading.ledger
     todo = sorted(committed(ledger), key=lambda pair: ledger.where(pair[1])[:2])
-    for done, (key, row) in enumerate(todo, 1):
+    if tally is not None:
+        tally.begin(len(todo))
+    for key, row in todo:
         length = _check(reading, key, ledger.entry(row), report)
         if length is not None:
             report.keys += 1
             report.nbytes += length
-        if progress is not None:
-            progress(done, len(todo), report.nbytes)
+        if tally is not None:
+            tally.step()
 
 
 def committed(ledger: Ledger) -> Iterator[tuple[Any, int]]:

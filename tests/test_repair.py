@@ -284,13 +284,6 @@ def test_an_open_of_ones_own_has_to_be_given(path):
     opens_and_works(path, expected, open=open_reversed)
 
 
-def test_progress_is_told(path):
-    make(path)
-    told = []
-    report = repair(path, progress=lambda *news: told.append(news))
-    assert told[-1] == (102, 102, report.nbytes)
-
-
 # -- refusals -------------------------------------------------------------------------------------
 
 

@@ -188,18 +188,6 @@ def test_the_lock_of_the_chest_is_free_while_values_are_read(path, monkeypatch):
         assert c["new"] == 1
 
 
-def test_progress_is_told(path):
-    make(path)
-    told = []
-    with Chest(path=path) as c:
-        memory = c._memory
-        reading, faults = chest.verify.open_anyhow(path, memory.serializer, memory.options)
-        report = chest.verify.examine(reading, faults, lambda *news: told.append(news))
-        reading.close()
-    assert [done for done, _, _ in told] == [*range(1, 103)]
-    assert told[-1] == (102, 102, report.nbytes)
-
-
 # -- damage ---------------------------------------------------------------------------------------
 
 
