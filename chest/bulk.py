@@ -19,6 +19,7 @@ from chest.errors import CorruptValueError, UnsavedError
 from chest.files import demand_file
 from chest.ledger import UNSAVED, Ledger
 from chest.memory import Memory
+from chest.progress import BEAT, Tally
 from chest.residents import MISSING
 from chest.serialize import any_changeable, changeable
 from chest.staging import Batch, Staged
@@ -89,8 +90,18 @@ def _read_run(memory: Memory, ledger: Ledger, rows: range) -> list[Any]:
     return values or nothing
 
 
-def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) -> None:
+def prefetch(
+    memory: Memory, keys: Iterable[Any], open_many: OpenMany | None, tally: Tally | None = None
+) -> None:
     """Read the values of `keys` into memory until the budget is used up; files in threads.
+
+    Parameters
+    ----------
+    memory : Memory
+    keys : iterable
+    open_many : callable or None
+    tally : Tally, optional
+        Counts the values that are read, in this thread.
 
     Raises
     ------
@@ -98,43 +109,54 @@ def prefetch(memory: Memory, keys: Iterable[Any], open_many: OpenMany | None) ->
         If there is no such key.
     """
     wanted = _fitting(memory, keys)
+    if tally is not None:
+        tally.begin(len(wanted))
     packs = memory.ledger.packs
     alone = memory.is_waited_for() or memory.options.on_miss is not None
     here = [key for key, entry in wanted if alone or entry.file in packs]
     wanted = [(key, entry) for key, entry in wanted if not alone and entry.file not in packs]
-    _fetch_each(memory, iter(here))
+    _fetch_each(memory, iter(here), None if tally is None else tally.step)
     if open_many is None:
-        _fetch_in_threads(memory, [key for key, _ in wanted])
-        return
-    while batch := wanted[:MAX_OPEN_FILES]:
+        _fetch_in_threads(memory, [key for key, _ in wanted], tally)
+    while open_many is not None and (batch := wanted[:MAX_OPEN_FILES]):
         del wanted[:MAX_OPEN_FILES]
-        paths = [memory.store.directory.full_path(entry.file) for _, entry in batch]
-        try:
-            for path in paths:
-                demand_file(path)
-            with open_many(paths, mode="rb") as files:
-                for (key, entry), file in zip(batch, files, strict=True):
-                    if memory.options.on_miss is not None:
-                        memory.options.on_miss(key)
-                    memory.offer(key, entry, *memory.read(key, entry, file))
-        except (FileNotFoundError, CorruptValueError):  # damaged, or replaced meanwhile
-            _fetch_each(memory, iter([key for key, _ in batch]))
+        _fetch_opened(memory, batch, open_many)
+        if tally is not None:
+            tally.reach(tally.done + len(batch))
+    if tally is not None:
+        tally.finish()
 
 
-def _fetch_in_threads(memory: Memory, keys: list[Any]) -> None:
+def _fetch_opened(memory: Memory, batch: list[tuple[Any, Entry]], open_many: OpenMany) -> None:
+    """Read values of files that are opened together."""
+    paths = [memory.store.directory.full_path(entry.file) for _, entry in batch]
+    try:
+        for path in paths:
+            demand_file(path)
+        with open_many(paths, mode="rb") as files:
+            for (key, entry), file in zip(batch, files, strict=True):
+                if memory.options.on_miss is not None:
+                    memory.options.on_miss(key)
+                memory.offer(key, entry, *memory.read(key, entry, file))
+    except (FileNotFoundError, CorruptValueError):  # damaged, or replaced meanwhile
+        _fetch_each(memory, iter([key for key, _ in batch]))
+
+
+def _fetch_in_threads(memory: Memory, keys: list[Any], tally: Tally | None) -> None:
     """Read values in threads of their own; raise the first error of theirs.
 
     The threads are no pool of `concurrent.futures`: an interrupt can leave that waiting for ever.
     """
     todo = iter(keys)
     errors: list[BaseException] = []
-    work = partial(_fetch_or_stop, memory, todo, errors)
+    read: list[None] = []  # one for each value: who is told shall be so in the thread that asked
+    note = None if tally is None else partial(read.append, None)
+    work = partial(_fetch_or_stop, memory, todo, errors, note)
     threads = [Thread(target=work, daemon=True) for _ in range(min(THREADS, len(keys)))]
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        _wait(threads, read, tally)
     finally:
         deque(todo, maxlen=0)  # they stop where an interrupt came
         for thread in threads:
@@ -144,18 +166,37 @@ def _fetch_in_threads(memory: Memory, keys: list[Any]) -> None:
         raise errors[0]
 
 
-def _fetch_each(memory: Memory, keys: Iterator[Any]) -> None:
+def _wait(threads: list[Thread], read: list[None], tally: Tally | None) -> None:
+    before = 0 if tally is None else tally.done
+    for thread in threads:
+        while tally is not None and thread.is_alive():
+            thread.join(BEAT)
+            tally.reach(before + len(read))
+        thread.join()
+
+
+def _fetch_each(
+    memory: Memory, keys: Iterator[Any], note: Callable[[], object] | None = None
+) -> None:
+    """Read values; `note` is called after each."""
     for key in keys:
         try:
             memory.fetch(key, uses=1)
         except KeyError:
             if memory.has(key):  # then a hook raised it, and the key was not deleted meanwhile
                 raise
+        if note is not None:
+            note()
 
 
-def _fetch_or_stop(memory: Memory, todo: Iterator[Any], errors: list[BaseException]) -> None:
+def _fetch_or_stop(
+    memory: Memory,
+    todo: Iterator[Any],
+    errors: list[BaseException],
+    note: Callable[[], object] | None,
+) -> None:
     try:
-        _fetch_each(memory, todo)
+        _fetch_each(memory, todo, note)
     except BaseException as error:  # noqa: BLE001 -- the thread that asked raises it
         errors.append(error)
         deque(todo, maxlen=0)

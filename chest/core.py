@@ -28,6 +28,7 @@ from chest.filenames import key_to_filename
 from chest.memory import Memory
 from chest.options import DEFAULT_AVAILABLE_MEMORY, Options, absolute, budget
 from chest.processes import enlist
+from chest.progress import Progress, counting
 from chest.reading import demand
 from chest.serialize import Dump, Load, Open, Serializer, dump_pickle
 from chest.sizes import nbytes
@@ -307,7 +308,8 @@ class Chest(Status, MutableMapping[K, V]):
         overwrite : bool
             Whether keys that are there already get the new value.
         **more
-            Further pairs.
+            Further pairs. So there is no keyword `progress`, as for `flush`: iterate over the
+            pairs with tqdm, ``c.update(tqdm(pairs))``.
         """
         if isinstance(other, Chest) and self._memory.stores_like(other._memory):
             link(self._memory, other._memory, overwrite)
@@ -476,12 +478,16 @@ class Chest(Status, MutableMapping[K, V]):
         """
         self._memory.fetch(key)
 
-    def prefetch(self, keys: K | Iterable[K]) -> None:
+    def prefetch(self, keys: K | Iterable[K], *, progress: Progress = None) -> None:
         """Read values into memory, in threads, until the budget is used up.
 
         Parameters
         ----------
         keys : a key, or an iterable of keys
+        progress : bool or callable, optional
+            True shows how far it is, with tqdm if that is installed. A callable is called with two
+            numbers, of keys done and of keys in all that are to be read: at the start, in the end,
+            and in between after each value, or ten times a second while threads read.
 
         Raises
         ------
@@ -491,7 +497,8 @@ class Chest(Status, MutableMapping[K, V]):
         one = not isinstance(keys, Iterable) or isinstance(keys, (str, bytes))
         if one or (isinstance(keys, Hashable) and keys in self):
             keys = [cast(K, keys)]
-        prefetch(self._memory, cast(Iterable[K], keys), self.open_many)
+        with counting(progress, "prefetch") as tally:
+            prefetch(self._memory, cast(Iterable[K], keys), self.open_many, tally)
 
     # -- disk ------------------------------------------------------------------------------------
 
@@ -517,15 +524,25 @@ class Chest(Status, MutableMapping[K, V]):
         """
         return self._memory.file_of(key)
 
-    def flush(self) -> None:
+    def flush(self, *, progress: Progress = None) -> None:
         """Write every value that the disk does not hold yet, and commit; values stay in memory.
+
+        Parameters
+        ----------
+        progress : bool or callable, optional
+            True shows how far it is, with tqdm if that is installed. A callable is called with two
+            numbers, of keys done and of keys in all whose values are to be written: at the start,
+            after each value that has a file of its own, after each thousand of small ones, and
+            when all is committed. It may use the chest. What it raises ends the flush: before the
+            commit nothing of it counts, and all stays in memory.
 
         Raises
         ------
         UnsavedError
             Naming every key that could not be saved; all others are.
         """
-        self._memory.flush()
+        with counting(progress, "flush") as tally:
+            self._memory.flush(tally)
 
     def write_keys(self) -> None:
         """Commit deletions without writing values; what was spilled is committed already."""

@@ -16,6 +16,7 @@ from chest.errors import KeyTypeError, ReadOnlyError
 from chest.ledger import UNSAVED
 from chest.loading import Loading
 from chest.packs import MANY, PACKED
+from chest.progress import Tally
 from chest.serialize import UndumpableError
 from chest.staging import STREAM_BYTES, Batch
 from chest.store import Store
@@ -33,7 +34,9 @@ class Saving(Loading):
             if self.ledger.pending:
                 self._commit(Batch(self.store.directory), {})
 
-    def _save(self, keys: list[Any], *, stop: bool) -> dict[Any, Exception]:
+    def _save(
+        self, keys: list[Any], *, stop: bool, tally: Tally | None = None
+    ) -> dict[Any, Exception]:
         """Write values and commit; return those that cannot be written, with the reasons.
 
         With `stop`, the first refusal of the disk is raised and nothing is committed; without it
@@ -42,7 +45,7 @@ class Saving(Loading):
         if not keys and not self.ledger.pending:
             return {}
         try:
-            batch = Batch(self.store.directory)
+            batch = Batch(self.store.directory, tally)
         except OSError as error:  # a temporary directory cannot be made
             if stop:
                 raise
@@ -88,6 +91,7 @@ class Saving(Loading):
         """Dump values to where a commit takes them from, so many at a time."""
         start, some = 0, 4
         while start < len(keys):
+            batch.tell()
             # What is not resident was deleted or spilled by what was pickled before.
             step = [*filter(self.inmem.__contains__, keys[start : start + some])]
             start += some
@@ -134,8 +138,9 @@ class Saving(Loading):
             return streams
         small = {}
         for key, stream in streams.items():
+            batch.tell()
             if key not in self.inmem:
-                continue  # what was pickled since deleted it
+                continue  # what was pickled or told since deleted it
             if isinstance(stream, UndumpableError):
                 unsaved[key] = stream.cause
             elif stream and len(stream) <= PACKED:

@@ -13,6 +13,7 @@ from itertools import compress, filterfalse, repeat
 from typing import Any
 
 from chest.errors import UnsavedError, say, show
+from chest.progress import Tally
 from chest.saving import Saving
 from chest.serialize import changeable
 
@@ -235,8 +236,13 @@ class Spilling(Saving):
                 if unsaved:
                     raise UnsavedError([*unsaved], [*unsaved.values()])
 
-    def flush(self) -> None:
+    def flush(self, tally: Tally | None = None) -> None:
         """Write every value that the disk does not hold, and commit; values stay in memory.
+
+        Parameters
+        ----------
+        tally : Tally, optional
+            Counts the values that are written; the last when they are committed.
 
         Raises
         ------
@@ -246,14 +252,19 @@ class Spilling(Saving):
         with self.lock, self:
             self.begin()
             if not self.readonly:
-                self._flush()
+                self._flush(tally)
 
-    def _flush(self) -> None:
+    def _flush(self, tally: Tally | None = None) -> None:
         self._settle(self._hands.open_ended())
         self._revive_changed()
-        unsaved = self._save([*self.dirty], stop=False)
+        keys = [*self.dirty]
+        if tally is not None:
+            tally.begin(len(keys))
+        unsaved = self._save(keys, stop=False, tally=tally)
         unsaved = {key: error for key, error in unsaved.items() if key in self.dirty}
         self.eviction.stay(key for key in self.eviction.aside() if key not in unsaved)
         if unsaved:
             raise UnsavedError([*unsaved], [*unsaved.values()])
         self.make_room()
+        if tally is not None:
+            tally.finish()

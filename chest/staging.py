@@ -19,6 +19,7 @@ from chest.columns import Puts
 from chest.directory import Directory, keep_from_children
 from chest.errors import locating, told
 from chest.packs import PACK_BYTES, write_all
+from chest.progress import Tally
 from chest.serialize import digest_bytes
 
 STREAM_BYTES = 4 << 20  # of small values, kept in memory before they are written to a staged pack
@@ -99,6 +100,8 @@ class Batch:
     Parameters
     ----------
     directory : Directory
+    tally : Tally, optional
+        Who wants to know how many values are in it.
 
     Attributes
     ----------
@@ -108,8 +111,9 @@ class Batch:
     packs : list of StagedPack
     """
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, tally: Tally | None = None) -> None:
         self._directory = directory
+        self._tally = tally
         self._owner = os.getpid()
         self.files: dict[Any, Staged] = {}
         self.streams: dict[Any, bytes] = {}
@@ -190,6 +194,12 @@ class Batch:
         staged = [file.path for file in self.files.values()]
         self._remove(staged + [pack.path for pack in self.packs])
         self.files, self.streams, self.packs, self._nbytes = {}, {}, [], 0
+        self._tally = None  # what is staged once more was told
+
+    def tell(self) -> None:
+        """Tell how many values it has; whoever is told may do anything with the chest."""
+        if self._tally is not None:
+            self._tally.reach(len(self))
 
     def _remove(self, paths: list[str]) -> None:
         # In a forked child, what was staged before is the parent's.
