@@ -38,6 +38,7 @@ TEST = [
     "pytest-timeout",
     "scipy",
     "toolz",
+    "tqdm",
     "xarray",
     "zarr>=3",
 ]
@@ -98,5 +99,11 @@ setup(
         "heapdict",
         "xxhash>=3",
     ],
-    extras_require={"psutil": ["psutil"], "test": TEST, "bench": BENCH, "dev": DEV},
+    extras_require={
+        "progress": ["tqdm"],
+        "psutil": ["psutil"],
+        "test": TEST,
+        "bench": BENCH,
+        "dev": DEV,
+    },
 )
