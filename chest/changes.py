@@ -142,7 +142,8 @@ class Changes(Residents):
     def _hold(self, key: Hashable, value: Any) -> None:
         """Put a value in this thread's hand, and look at what was in it."""
         self._note(key)
-        self._settle(self._hands.hold(key, value))
+        self._hands.hold(key, value)
+        self._settle_owed()
 
     def _note(self, key: Hashable) -> None:
         """Take note that a transaction may change a value."""
@@ -150,31 +151,34 @@ class Changes(Residents):
             self._inside.add(key)
 
     def _settle_owed(self) -> None:
-        while self._hands.owed:
-            self._settle(self._hands.gone(self._hands.owed.popleft()))
-
-    def _settle(self, released: list[tuple[Any, Any]]) -> None:
         """Make those values resident and dirty that changed while they were in hand."""
-        if released:
-            with self._hands.pinned():  # hooks may take other values in hand
-                self._settle_pinned(released)
+        hands = self._hands
+        # Each stays owed until that is done, so that no interrupt loses it. What is pickled for it
+        # may come here, too, and leaves the rest to whom it interrupts.
+        while hands.owed and not hands.settling:
+            key, value = hands.owed[0]
+            hands.settling = True
+            try:
+                changed = hands.is_gone(key, value) and self._settle(key, value)
+                hands.owed.popleft()
+            finally:
+                hands.settling = False
+            if changed:
+                self._make_room(key)
 
-    def _settle_pinned(self, released: list[tuple[Any, Any]]) -> None:
-        changed = []
-        for n, (key, value) in enumerate(released):
+    def _settle(self, key: Hashable, value: Any) -> bool:
+        """Make a value resident and dirty if it changed, else let go of it; return which."""
+        with self._hands.pinned():  # hooks may take other values in hand
             try:
                 row = self.ledger.rows.get(key, UNSAVED)
                 if row >= 0 and self._differs(key, value, self.ledger.digest(key)):
                     self._revive(key, value)
-                    changed.append(key)
-                else:
-                    self._hands.settled(key, value)
-            except BaseException:  # an interrupt: nobody knows, so they count as changed
-                for pair in released[n:]:
-                    self._revive(*pair)
+                    return True
+            except Exception:
+                self._revive(key, value)  # nobody knows
                 raise
-        for key in changed:
-            self._make_room(key)
+            self._hands.settled(key, value)
+            return False
 
     def _revive(self, key: Hashable, value: Any) -> None:
         """Make a value that changed in place resident and dirty, if its key is still there."""

@@ -34,32 +34,42 @@ class Hands:
         self.left: dict[Any, Callable[[], Any]] = {}
         self._pinned: dict[object, tuple[Any, Any]] = {}
         self._passing: dict[int, tuple[Any, Any]] = {}  # by thread, on the way out of its hand
-        self.owed: deque[tuple[Any, Any]] = deque()  # let go of by hits, not looked at yet
+        self.owed: deque[tuple[Any, Any]] = deque()  # let go of, not looked at yet
+        self.settling = False  # while the first of them is looked at
         self._limit = REFERENCES
 
-    def hold(self, key: Hashable, value: Any) -> list[tuple[Any, Any]]:
+    def hold(self, key: Hashable, value: Any) -> None:
         """Put a value in the hand of this thread.
 
-        Returns
-        -------
-        list of (key, value)
-            What was in the hand before and is not resident; also what was in the hands of threads
-            that ended, if there are many.
+        What was in it before, and is not resident, is `owed` a look; if there are many hands, so is
+        what was in those of threads that ended.
         """
-        released = [self.held.pop(threading.get_ident(), None)]
+        self.empty()
         self.held[threading.get_ident()] = (key, value)
         if len(self.held) > THREADS:
-            released += self._of_ended_threads()
-        return self.gone(*released) if self.left else []
+            self.open_ended()
 
-    def empty(self) -> list[tuple[Any, Any]]:
-        """Empty the hand of this thread; return as `hold` does."""
-        return self.gone(self.held.pop(threading.get_ident(), None))
+    def empty(self) -> None:
+        """Empty the hand of this thread, as `hold` does."""
+        self._open(threading.get_ident())
+
+    def open_ended(self) -> None:
+        """Empty the hands of threads that ended, as `hold` does."""
+        for ident in self.held.keys() - sys._current_frames().keys():
+            self._open(ident)
+
+    def _open(self, ident: int) -> None:
+        hand = self.held.get(ident)
+        if hand is None:
+            return
+        if hand[0] in self.left:
+            self.owed.append(hand)
+        self.held.pop(ident, None)  # last: at an interrupt it is in one place or the other
 
     def swap(self, key: Hashable, value: Any) -> None:
         """Put a resident value in the hand of this thread, without the lock.
 
-        What was in the hand before, and is not resident, is `owed` to `gone`.
+        What was in the hand before, and is not resident, is `owed` a look.
         """
         me = threading.get_ident()
         hand = self.held.get(me)
@@ -86,10 +96,10 @@ class Hands:
             yield
         finally:
             taken = self.held.get(me)
-            self.held[me] = hand
-            del self._pinned[pin]
             if taken is not None and taken is not hand:
                 self.owed.append(taken)
+            self.held[me] = hand
+            del self._pinned[pin]
 
     def leave(self, key: Hashable, value: Any, *, soon: bool = False) -> None:
         """Remember that a value is not resident, or not `soon`, as long as it is alive."""
@@ -103,10 +113,10 @@ class Hands:
             self.left = {key: left for key, left in self.left.items() if left() is not None}
             self._limit = max(REFERENCES, 2 * len(self.left))
 
-    def _is_held(self, value: Any) -> bool:
+    def _is_held(self, value: Any, times: int = 1) -> bool:
         # In the order that a value takes, so that it is met wherever it goes meanwhile.
         held = [*self.held.values(), *self._pinned.values(), *self._passing.values(), *self.owed]
-        return any(some is value for _, some in held)
+        return sum(some is value for _, some in held) >= times
 
     def of_others(self) -> list[tuple[Any, Any]]:
         """Return what other threads have in hand, as pairs of key and value."""
@@ -129,32 +139,22 @@ class Hands:
         """Forget what left under `key`: it is resident again, or replaced, or deleted."""
         self.left.pop(key, None)
 
-    def open_ended(self) -> list[tuple[Any, Any]]:
-        """Empty the hands of threads that ended; return as `hold` does."""
-        return self.gone(*self._of_ended_threads())
-
-    def _of_ended_threads(self) -> list[tuple[Any, Any] | None]:
-        return [self.held.pop(ident) for ident in self.held.keys() - sys._current_frames().keys()]
-
-    def gone(self, *released: tuple[Any, Any] | None) -> list[tuple[Any, Any]]:
-        """Return those values that were let go of and are not resident."""
-        gone = []
-        for key, value in filter(None, released):
-            left = self.left.get(key)
-            if left is None or left() is not value:
-                continue
-            if isinstance(left, weakref.ref) or not self._is_held(value):
-                gone.append((key, value))
-        return gone
+    def is_gone(self, key: Hashable, value: Any) -> bool:
+        """Tell whether a value that is owed a look is not resident, and waits for nothing else."""
+        left = self.left.get(key)
+        if left is None or left() is not value:
+            return False
+        return isinstance(left, weakref.ref) or not self._is_held(value, 2)
 
     def settled(self, key: Hashable, value: Any) -> None:
-        """Let go of a value that was `gone`, and is as the disk holds it."""
+        """Let go of a value that `is_gone`, and is as the disk holds it."""
         left = self.left.get(key)
         if left is not None and left() is value and not isinstance(left, weakref.ref):
             del self.left[key]
 
     def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Forget what is resident, or deleted, after all."""
+        self.settling = False
         left = self.left.items()
         self.left = {key: value for key, value in left if key in rows and key not in inmem}
 

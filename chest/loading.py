@@ -286,14 +286,16 @@ class Loading(Changes):
         room = self.available - self.eviction.total if stream else self.available
         self._note(key)
         hands = self._hands
-        keep = size > room or changeable(value)
-        released = hands.hold(key, value) if keep else hands.empty()
+        if size > room or changeable(value):
+            hands.hold(key, value)
+        else:
+            hands.empty()
         if size <= room:
             self._enter(key, value, size, uses)
         else:
             hands.leave(key, value)
         # Only now: both may commit, and then find that another handle replaced or deleted the key.
-        self._settle(released)
+        self._settle_owed()
         self._make_room()
 
     def read(self, key: Hashable, entry: Entry, file: Any = None) -> tuple[Any, bool]:
@@ -311,7 +313,8 @@ class Loading(Changes):
     def open_hand(self) -> None:
         """Look at what this thread has in hand, for it is about to end."""
         with self.lock, self:
-            self._settle(self._hands.empty())
+            self._hands.empty()
+            self._settle_owed()
 
     def offer(self, key: Hashable, entry: Entry, value: Any, again: bool) -> None:
         """Make a value resident that was read from `entry`, unless that is history."""

@@ -71,7 +71,7 @@ class Memory(Spilling):
                         if store is self._store:
                             self._publish(store)
                     except BaseException:
-                        if store is self._store and self.in_transaction:
+                        if store is self._store:
                             self._fail(store, me)
                         raise
             finally:
@@ -98,6 +98,8 @@ class Memory(Spilling):
         A block that is suspended in a generator is left when somebody collects that as garbage: in
         the midst of what its thread is doing with the chest, or in another thread.
         """
+        if not self.in_transaction:
+            return  # it is committed
         if thread not in sys._current_frames():
             self._loads.take_over()
         if self.holds_lock() and store.index.blocks == 1:

@@ -138,9 +138,13 @@ class Residents(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and (not issubclass(kind, Exception) or issubclass(kind, _ANYWHERE)):
-            self._torn = True
-            self.seen = NEVER
-            self.quick = (self.head, NEVER, *self.quick[2:])
+            self._tear()
+
+    def _tear(self) -> None:
+        """Have the next operation mend everything."""
+        self._torn = True
+        self.seen = NEVER
+        self.quick = (self.head, NEVER, *self.quick[2:])
 
     def _mend(self) -> None:
         """Put right what an interrupt left half done.

@@ -13,6 +13,7 @@ from typing import Any
 from chest.changes import STEP
 from chest.columns import SURE, as_read
 from chest.errors import KeyTypeError, ReadOnlyError
+from chest.eviction import Eviction
 from chest.ledger import UNSAVED
 from chest.loading import Loading
 from chest.packs import MANY, PACKED
@@ -237,6 +238,8 @@ class Saving(Loading):
                 try:
                     self._forget_all(store, keys)
                 except BaseException:  # an interrupt: what is in memory is history all the same
+                    self._tear()
+                    self.eviction = Eviction(self.available)  # this one may be torn, too
                     self._forget_all(store, keys)
                     raise
                 store.tidy()

@@ -51,7 +51,8 @@ class Spilling(Saving):
         if changeable(value):
             self._hold(key, value)
         else:
-            self._settle(self._hands.empty())
+            self._hands.empty()
+            self._settle_owed()
 
     def _add(self, key: str, value: Any, size: int) -> bool:
         """Add a new key with a value that cannot change, where that is all there is to do.
@@ -255,7 +256,8 @@ class Spilling(Saving):
                 self._flush(tally)
 
     def _flush(self, tally: Tally | None = None) -> None:
-        self._settle(self._hands.open_ended())
+        self._hands.open_ended()
+        self._settle_owed()
         self._revive_changed()
         keys = [*self.dirty]
         if tally is not None:

@@ -123,6 +123,7 @@ class Store(Upkeep):
         OSError
             If it can neither be linked nor copied.
         """
+        self.write_like(other)
         source = other.directory.full_path(entry.file)
         path = self.directory.staging_path()
         try:
@@ -132,7 +133,6 @@ class Store(Upkeep):
         except BaseException:
             self.directory.remove_staged([path])
             raise
-        self.write_like(other)
         return Staged(path, entry.length, entry.digest)
 
     def write_like(self, other: Store) -> None:

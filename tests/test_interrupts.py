@@ -36,12 +36,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 
 import pytest
+from heapdict import heapdict
 
 import chest.staging
 import chest.store
 import chest.upkeep
 from chest import Chest
 from chest.eviction import Eviction
+from chest.hands import Hands
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -1370,4 +1372,39 @@ def test_a_deletion_that_is_interrupted_as_it_looks_at_what_was_in_hand(path, mo
         with pytest.raises(KeyboardInterrupt):
             del c["c"]
         assert dict(c) == {"a": [1, "change"], "b": [2], "c": 3}
+        c._check()
+
+
+def test_what_is_owed_a_look_stays_so_at_an_interrupt(path, monkeypatch):
+    """Nobody else refers to it."""
+    with Chest(path=path, available_memory=0) as c:
+        c.setdefault("box", Box(1)).items.append(2)
+        is_gone = Hands.is_gone
+
+        def interrupted(self, *args):
+            monkeypatch.setattr(Hands, "is_gone", is_gone)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Hands, "is_gone", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            c["x"] = [1]
+        gc.collect()
+        assert c["box"] == Box(1, 2)
+        c._check()
+
+
+def test_an_update_that_is_interrupted_as_a_heap_changes_tells_of_nothing_else(path, monkeypatch):
+    with Chest({"a": bytes(70_000), "b": bytes(80_000)}) as other, Chest(path=path) as c:
+        c.update({"a": bytes(90_000), "b": bytes(90_000), "c": bytes(90_000)})
+        popitem = heapdict.popitem
+
+        def interrupted(self):
+            monkeypatch.setattr(heapdict, "popitem", popitem)
+            self.heap.clear()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(heapdict, "popitem", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            c.update(other)
+        assert dict(c) == {**other, "c": bytes(90_000)}
         c._check()
