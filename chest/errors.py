@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from reprlib import Repr
 from typing import Any
 
+DROPPED = "the chest there was dropped"
+
 _repr = Repr()  # short, and it does not fail where a key's own repr does
 _repr.maxstring = _repr.maxother = 120
 
@@ -36,6 +38,8 @@ def told(error: OSError, path: str, needed: int) -> OSError:
     """Return `error` with what the user wants to know: where, how much, how much is free."""
     if not error.errno:
         return error
+    if isinstance(error, FileNotFoundError) and not os.path.lexists(path):
+        return FileNotFoundError(error.errno, DROPPED, path)
     there = path
     while not os.path.lexists(there) and there != os.path.dirname(there):
         there = os.path.dirname(there)  # it could not be made

@@ -26,7 +26,7 @@ from io import FileIO
 from filelock import lock_descriptor, unlock_descriptor
 
 from chest.blocks import Steps, block
-from chest.errors import CorruptIndexError, locating
+from chest.errors import DROPPED, CorruptIndexError, locating
 from chest.files import is_own, is_there
 from chest.frames import (
     HEAD,
@@ -42,7 +42,6 @@ from chest.frames import (
 POLL = 0.002  # seconds between two tries to lock
 PATIENCE = 60.0  # seconds of waiting for the lock after which, and every time, it is said
 NOBODY = (0, (0, 0))
-DROPPED = "the chest there was dropped"
 
 logger = logging.getLogger("chest")
 

@@ -21,6 +21,7 @@ from chest.loading import TRIES
 from chest.options import Options
 from chest.processes import LAST_WAIT, just_forked, keep_until_end
 from chest.progress import Tally
+from chest.reading import demand
 from chest.report import Report
 from chest.residents import MISSING, Closed
 from chest.serialize import Serializer, changeable, storing
@@ -201,6 +202,7 @@ class Memory(Spilling):
             path = self.path
         if path is None:
             return Report(None)
+        demand(path)
         return verify(path, self.serializer, self.options, tally)
 
     def compact(self) -> int:

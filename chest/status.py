@@ -89,6 +89,11 @@ class Status(Sized):
         Report
             It prints well, and its ``ok`` tells whether all is as written.
 
+        Raises
+        ------
+        OSError
+            If the system refuses to let the directory be read, or the chest there was dropped.
+
         Examples
         --------
         >>> from chest import Chest

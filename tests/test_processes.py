@@ -1744,6 +1744,25 @@ def test_what_another_process_dropped_is_empty_for_readers(path, elsewhere, monk
 
 
 @needs_fork
+@pytest.mark.parametrize("large", [False, True])
+def test_writing_where_another_process_dropped_all_is_a_clear_error(path, elsewhere, large):
+    other = elsewhere(path)
+    with Chest({"x": [1]}, path) as c:
+        c.flush()
+        other("c.drop()")
+        c["y"] = bytes(100_000) if large else 1
+        c.update({n: n for n in range(100)})
+        for act in (c.flush, c.compact, c.transaction().__enter__, lambda: pickle.dumps(c)):
+            with pytest.raises((FileNotFoundError, UnsavedError), match="dropped") as caught:
+                act()
+            assert "bytes needed" not in str(caught.value)
+        with pytest.raises(FileNotFoundError, match="dropped"):
+            c.verify()
+        assert len(c) == 101
+        c.drop()
+
+
+@needs_fork
 def test_writing_to_what_another_process_dropped_is_a_clear_error(path, elsewhere):
     other = elsewhere(path)
     with Chest({"x": [1]}, path) as c:
