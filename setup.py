@@ -59,6 +59,7 @@ DEV = [
     "build",
     "check-manifest",
     "mypy>=1.18,<3",
+    "nox",
     "ruff>=0.13,<0.18",
     "sphinx>=8",
     "twine>=6.1",
