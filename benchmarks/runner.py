@@ -91,7 +91,9 @@ class Runner:
         """Run one process, take down what it reports, and remove what it left."""
         folder = tempfile.mkdtemp(dir=self.work)
         boot = (OTHER if system == OLD else OWN).format(path=self.path)
-        command = [self.pythons[system], "-P", "-c", boot, name, system, folder, str(self.quick)]
+        # -E: a PYTHONPATH to this chest must not lead the other Python here, too.
+        flags = ["-E", "-P"] if system == OLD else ["-P"]
+        command = [self.pythons[system], *flags, "-c", boot, name, system, folder, str(self.quick)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=folder
