@@ -6,7 +6,8 @@ own, small ones share one. A heap ranks the cohorts by GreedyDual-Size-Frequency
 leave before small ones that were used as often, and cold ones before hot ones.
 
 The ranking is lazy, as in CLOCK and SIEVE (Zhang et al. 2024): a use only marks the key, and a
-marked key whose turn comes is enrolled anew with one more use to its credit instead of leaving.
+marked key whose turn comes is enrolled anew with one more use to its credit instead of leaving. A
+value that was read once counts less than one that was set, until it is used again.
 Nothing here takes a lock but `mark`, which any thread may call at any time, everything is called
 under the lock of the chest.
 """
@@ -26,6 +27,7 @@ COHORT_MEMBERS = 4096
 COHORTS = 16  # at least so many in a budget, so that little more leaves than has to
 CROSSOVER = 100_000  # bytes that are read in the time that opening a file takes
 MARKS_SLACK = 1000
+READ_ONCE = 0.5  # uses; on traces, 0 moves large values too often and 1 keeps scans too long
 
 
 class Cohort:
@@ -33,7 +35,7 @@ class Cohort:
 
     __slots__ = ("nbytes", "sizes", "uses")
 
-    def __init__(self, uses: int) -> None:
+    def __init__(self, uses: float) -> None:
         self.sizes: dict[Hashable, int] = {}
         self.nbytes = 0
         self.uses = uses
@@ -63,7 +65,7 @@ class Eviction:
         self.marks: set[Hashable] = set()
         self._homes: dict[Hashable, Cohort] = {}  # but for new values, as long as theirs is open
         self._heap: heapdict[Cohort, tuple[float, int]] = heapdict()
-        self._open: dict[int, Cohort] = {}  # by uses: the cohort that small values still join
+        self._open: dict[float, Cohort] = {}  # by uses: the cohort that small values still join
         self._aside = Cohort(0)
         self._floor = 0.0
         self._ticks = count()
@@ -81,8 +83,8 @@ class Eviction:
     def _keys(self) -> set[Hashable]:
         return {*self._homes, *(self._open[1].sizes if 1 in self._open else ())}
 
-    def enroll(self, key: Hashable, size: int, uses: int = 1) -> None:
-        """Enroll a value of `size` bytes; with ``uses=0`` it is the coldest of all."""
+    def enroll(self, key: Hashable, size: int, uses: float = 1) -> None:
+        """Enroll a value of `size` bytes, used so often; one just read counts as `READ_ONCE`."""
         cohort = self._open.get(uses) if size < LARGE else None
         if cohort is None:
             cohort = Cohort(uses)
@@ -184,7 +186,7 @@ class Eviction:
         pairs = chain.from_iterable(sizes.items() for sizes in [self._aside.sizes, *alone])
         return {key for key, size in pairs if size >= LARGE}
 
-    def uses(self, key: Hashable) -> int:
+    def uses(self, key: Hashable) -> float:
         """Return how often `key` was found used, its last use included; 0 if not enrolled."""
         cohort = self._home(key)
         return 0 if cohort is None else cohort.uses + (key in self.marks)

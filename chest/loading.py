@@ -17,6 +17,7 @@ from typing import Any
 from chest.changes import Changes
 from chest.columns import Entry
 from chest.errors import CorruptValueError
+from chest.eviction import READ_ONCE
 from chest.index import Index
 from chest.ledger import UNSAVED
 from chest.residents import MISSING
@@ -99,13 +100,13 @@ class Loading(Changes):
 
     # -- values that are read ----------------------------------------------------------------------
 
-    def fetch(self, key: Hashable, *, uses: int = 0, stream: bool = False) -> Any:
+    def fetch(self, key: Hashable, *, uses: float = READ_ONCE, stream: bool = False) -> Any:
         """Return the value of a key, from wherever it is.
 
         Parameters
         ----------
         key : hashable
-        uses : int
+        uses : float
             How often it counts as used when it has to be read.
         stream : bool
             Make it resident only where nothing has to leave for it.
@@ -185,10 +186,12 @@ class Loading(Changes):
                         and self.eviction.total + size <= self.available
                     ):
                         self._keep_fixed(key, value)
-                        self.eviction.enroll(key, size, 0)
+                        self.eviction.enroll(key, size, READ_ONCE)
                         taken = True
                     else:
-                        taken = self._take_in(key, Entry(*where), value, size, digest, 0, False)
+                        taken = self._take_in(
+                            key, Entry(*where), value, size, digest, READ_ONCE, False
+                        )
                     threads.pop(key, None)  # before anybody else gets the lock
                 except BaseException as error:
                     self.__exit__(type(error))
@@ -210,7 +213,7 @@ class Loading(Changes):
         value: Any,
         size: int,
         digest: int | None,
-        uses: int,
+        uses: float,
         stream: bool,
     ) -> bool:
         """Make a value resident that was read from `entry`, unless that is history."""
@@ -248,7 +251,7 @@ class Loading(Changes):
                     size = self.measure(value)
                     same = self.in_memory(key) is MISSING or self.in_memory(key) is value
                     if same and key not in self.inmem and self.ledger.rows.get(key) == row:
-                        self._admit(key, value, size, 0, stream=stream)
+                        self._admit(key, value, size, READ_ONCE, stream=stream)
                         return (value,)
                     continue  # what measures it replaced or deleted it
                 if row < 0:
@@ -281,7 +284,7 @@ class Loading(Changes):
                 raise
             return MISSING, False  # another handle, or what opens or loads it, replaced it
 
-    def _admit(self, key: Hashable, value: Any, size: int, uses: int, stream: bool) -> None:
+    def _admit(self, key: Hashable, value: Any, size: int, uses: float, stream: bool) -> None:
         """Make a stored value resident if it may be, and put it in this thread's hand."""
         room = self.available - self.eviction.total if stream else self.available
         self._note(key)

@@ -231,7 +231,7 @@ class Residents(ABC):
         if not self.serializer.trusts_pickle and not is_plain(key):
             raise KeyTypeError(key, f"only {PLAIN_KEYS}, when the values are not pickles")
 
-    def _enter(self, key: Hashable, value: Any, size: int, uses: int) -> None:
+    def _enter(self, key: Hashable, value: Any, size: int, uses: float) -> None:
         """Make a value resident."""
         if changeable(value):
             self._loose[key] = None
