@@ -103,6 +103,14 @@ class Eviction:
             self._rank(cohort)
             self._close(cohort)
 
+    def reuse(self, key: Hashable, size: int) -> bool:
+        """Count one more use of a key; False where it is not enrolled with `size`, or set aside."""
+        home = self._home(key)
+        if home is None or home is self._aside or home.sizes[key] != size:
+            return False
+        self.marks.add(key)
+        return True
+
     def set_aside(self, key: Hashable, size: int) -> None:
         """Count a value of `size` bytes that cannot leave."""
         self._join(self._aside, key, size)

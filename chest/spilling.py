@@ -29,12 +29,13 @@ class Spilling(Saving):
     def set(self, key: Hashable, value: Any) -> None:
         """Store a value, and make room if it takes too much."""
         size = self.measure(value)
-        if type(key) is str and not changeable(value) and self._add(key, value, size):
+        if type(key) is str and not changeable(value) and self._set_fixed(key, value, size):
             return
         with self.lock, self:
             self.begin("set a value")
             self.put(key, value, size)
-            self.make_room(key)
+            if self.eviction.total > self.available:
+                self._spill(key)
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
@@ -54,8 +55,8 @@ class Spilling(Saving):
             self._hands.empty()
             self._settle_owed()
 
-    def _add(self, key: str, value: Any, size: int) -> bool:
-        """Add a new key with a value that cannot change, where that is all there is to do.
+    def _set_fixed(self, key: str, value: Any, size: int) -> bool:
+        """Set a value that cannot change, where little is to do for it.
 
         This is `put` for small records by the million, step by step what it does.
         """
@@ -64,18 +65,24 @@ class Spilling(Saving):
             ledger, eviction = self.ledger, self.eviction
             if (
                 self.head[1] != self.seen
-                or key in ledger.rows
                 or self._hands.held
                 or eviction.total + size > self.available
                 or self.readonly
             ):
                 return False
-            ledger.add(key)
+            if key not in ledger.rows:
+                ledger.add(key)
+                new = True
+            elif key in self._fixed and eviction.reuse(key, size):
+                new = False
+            else:
+                return False
             self.dirty[key] = None
             self.inmem[key] = value
             if self._fixed is not self.inmem:
                 self._fixed[key] = value
-            eviction.enroll(key, size)
+            if new:
+                eviction.enroll(key, size)
             return True
         except BaseException as error:
             if self.holds_lock():

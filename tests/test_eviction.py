@@ -1,5 +1,6 @@
 """Who leaves first: the large before the small, the cold before the hot; hits cost nothing."""
 
+import pickle
 import random
 
 import numpy as np
@@ -99,6 +100,20 @@ def test_what_was_read_once_is_like_others_after_one_more_use():
     e.enroll("warm", LARGE, uses=READ_ONCE)
     e.enroll("huge", 100 * MB)
     assert order(e, mark=["warm"]) == ["cold", "huge", "warm"]
+
+
+def test_a_value_of_the_same_size_in_its_place_counts_as_a_use():
+    e = Eviction(1e9)
+    e.enroll("warm", 100)
+    e.enroll("large", LARGE)
+    e.set_aside("huge", 100)
+    assert e.reuse("warm", 100)
+    assert e.reuse("large", LARGE)
+    assert not e.reuse("warm", 101)
+    assert not e.reuse("cold", 100)
+    assert not e.reuse("huge", 100)
+    assert e.marks == {"warm", "large"}
+    check(e)
 
 
 def test_the_used_gets_a_second_chance_and_not_a_third():
@@ -496,3 +511,38 @@ def test_room_is_made_for_more_than_one_value():
         before = len(spilled)
         c[101] = "x" * 99_000
         assert len(spilled) == before
+
+
+def test_a_value_in_place_of_one_that_cannot_be_written_leaves(path):
+    def dump(value, file):
+        if value == "bad!":
+            raise ValueError
+        pickle.dump(value, file)
+
+    with Chest(path=path, dump=dump, available_memory=1e6) as c:
+        c["x"] = "bad!"
+        c.available_memory = 0
+        assert c.inmem == {"x": "bad!"}
+        c.available_memory = 1e6
+        c["x"] = "good"
+        c.available_memory = 0
+        assert c.inmem == {}
+        assert c["x"] == "good"
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_value_of_the_same_size_in_place_of_a_saved_one_is_saved(path, elsewhere):
+    with Chest({"x": "old", "y": "old"}, path) as c, Chest(path=path) as other:
+        c.flush()
+        if elsewhere:
+            del other["x"]
+            other.flush()
+        c["x"] = "new"
+        assert c["x"] == "new"
+        c._check()
+        c.flush()
+        assert other["x"] == "new"
+        del c["y"]
+        c["y"] = "new"
+        c.flush()
+        assert dict(other) == {"x": "new", "y": "new"}
