@@ -222,7 +222,7 @@ def _fitting(memory: Memory, keys: Iterable[Any]) -> list[tuple[Any, Entry]]:
     return chosen
 
 
-def link(memory: Memory, other: Memory, overwrite: bool) -> None:
+def link(memory: Memory, other: Memory, overwrite: bool, tally: Tally | None = None) -> None:
     """Take over the values of another chest as they lie on its disk, without loading one."""
     if memory is other:
         return
@@ -232,10 +232,15 @@ def link(memory: Memory, other: Memory, overwrite: bool) -> None:
         memory.begin("update the chest")
     with other.lock:
         other.ledger.sort()
-        keys = iter(list(other.ledger.rows))
+        every = list(other.ledger.rows)
+    if tally is not None:
+        tally.begin(len(every))
+    keys = iter(every)
     while batch := list(islice(keys, LINKS)):
         wanted = [key for key in batch if overwrite or not memory.has(key)]
         _link_batch(memory, other, wanted, overwrite)
+        if tally is not None:
+            tally.reach(tally.done + len(batch))
 
 
 def _link_batch(memory: Memory, other: Memory, keys: list[Any], overwrite: bool) -> None:

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from operator import length_hint
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast, overload
 
@@ -28,7 +29,7 @@ from chest.filenames import key_to_filename
 from chest.memory import Memory
 from chest.options import DEFAULT_AVAILABLE_MEMORY, Options, absolute, budget
 from chest.processes import enlist
-from chest.progress import Progress, counting
+from chest.progress import Progress, Tally, counting, is_progress
 from chest.reading import demand
 from chest.serialize import Dump, Load, Open, Serializer, dump_pickle
 from chest.sizes import nbytes
@@ -296,7 +297,7 @@ class Chest(Status, MutableMapping[K, V]):
             self._memory.begin("clear the chest")
             self._memory.clear()
 
-    def update(self, other: Any = (), /, overwrite: bool = True, **more: V) -> None:
+    def update(self, other: Any = _MISSING, /, overwrite: bool = True, **more: Any) -> None:
         """Set the pairs of a mapping, an iterable of pairs or another chest, and keywords.
 
         Values of a chest with the same serializer are linked, or copied where that fails, file by
@@ -307,22 +308,39 @@ class Chest(Status, MutableMapping[K, V]):
         other : mapping, iterable of pairs, or Chest
         overwrite : bool
             Whether keys that are there already get the new value.
+        progress : bool or callable, optional
+            With `other`: True shows how far it is, with tqdm if that is installed. A callable is
+            called with two numbers, of keys done and of keys in all: at the start, after each, or
+            each 1,024 of a chest, and in the end. Not where `other` does not know its length.
         **more
-            Further pairs. So there is no keyword `progress`, as for `flush`: iterate over the
-            pairs with tqdm, ``c.update(tqdm(pairs))``.
+            Further pairs; also `progress`, if it is anything else or there is no `other`.
         """
-        if isinstance(other, Chest) and self._memory.stores_like(other._memory):
-            link(self._memory, other._memory, overwrite)
-        else:
-            self._set_all(_pairs(other), overwrite)
+        progress = None
+        if other is not _MISSING and is_progress(more.get("progress", _MISSING)):
+            progress = more.pop("progress")
+        with counting(progress, "update") as tally:
+            if other is _MISSING:
+                pass
+            elif isinstance(other, Chest) and self._memory.stores_like(other._memory):
+                link(self._memory, other._memory, overwrite, tally)
+            else:
+                if tally is not None:
+                    tally.begin(length_hint(other))
+                self._set_all(_pairs(other), overwrite, tally)
+            if tally is not None:
+                tally.finish()
         self._set_all(more.items(), overwrite)
 
-    def _set_all(self, pairs: Iterable[tuple[Any, Any]], overwrite: bool) -> None:
+    def _set_all(
+        self, pairs: Iterable[tuple[Any, Any]], overwrite: bool, tally: Tally | None = None
+    ) -> None:
         for key, value in pairs:
             if overwrite:
                 self[key] = value
             else:
                 self._set_if_new(key, value)
+            if tally is not None:
+                tally.step()
 
     def _set_if_new(self, key: Any, value: Any) -> None:
         with self.lock:

@@ -18,6 +18,11 @@ Tell = Callable[[int, int], object]  # keys done, keys in all
 Progress = Tell | bool | None
 
 
+def is_progress(value: object) -> bool:
+    """Tell whether something can be meant as an option `progress`."""
+    return value is None or isinstance(value, bool) or callable(value)
+
+
 def counting(progress: Progress, what: str) -> AbstractContextManager[Tally | None]:
     """Return what counts the keys of work called `what`, in a ``with`` block; None for nobody.
 

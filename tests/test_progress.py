@@ -9,8 +9,10 @@ import sys
 import threading
 import types
 
+import numpy as np
 import pytest
 
+import chest.bulk
 import chest.progress
 from chest import Chest, UnsavedError, repair
 
@@ -413,12 +415,56 @@ def test_a_repair_tells_and_shows(path, capsys):
 # -- update ---------------------------------------------------------------------------------------
 
 
-def test_an_update_takes_progress_for_a_key():
+def test_an_update_tells_each_pair():
+    told = []
     with Chest() as c:
-        c.update(progress=True)
-        c.update({"x": 1}, progress=print)
-        assert dict(c) == {"progress": print, "x": 1}
-        del c["progress"]
+        c.update({"x": 1, "y": 2}, z=3, progress=lambda *news: told.append((*news, len(c))))
+        assert told == [(0, 2, 0), (1, 2, 1), (2, 2, 2)]
+        assert dict(c) == {"x": 1, "y": 2, "z": 3}
+        told.clear()
+        c.update([("x", 4), ("w", 5)], overwrite=False, progress=lambda *news: told.append(news))
+        assert told == [(0, 2), (1, 2), (2, 2)]
+        assert dict(c) == {"x": 1, "y": 2, "z": 3, "w": 5}
+
+
+def test_an_update_from_a_chest_tells_each_batch(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(chest.bulk, "LINKS", 8)
+    told = []
+    with Chest(LARGE, path) as c, Chest(path=str(tmp_path / "other")) as other:
+        other.update(c, progress=lambda *news: told.append((*news, len(other))))
+        assert told == [(0, 20, 0), (8, 20, 8), (16, 20, 16), (20, 20, 20)]
+        assert other == c
+
+
+def test_an_update_with_what_does_not_know_its_length_tells_nothing():
+    def fail(*_):
+        raise AssertionError
+
+    with Chest() as c:
+        c.update(((n, n) for n in range(3)), progress=fail)
+        c.update((), progress=fail)
+        c.update({}, progress=True)
+        assert dict(c) == {0: 0, 1: 1, 2: 2}
+
+
+def test_what_is_raised_ends_an_update_and_what_was_set_stays():
+    with Chest() as c:
+        with pytest.raises(Stop):
+            c.update(LARGE, progress=stop_at(7, Stop))
+        assert [*c] == [*LARGE][:7]
+        c._check()
+
+
+@pytest.mark.parametrize("value", [True, None, print, 5, "half", np.zeros(2)])
+def test_progress_is_a_key_of_an_update_where_it_cannot_be_meant(value):
+    with Chest() as c:
+        c.update(a=1, progress=value, b=2)
+        assert [*c] == ["a", "progress", "b"]
+        assert c["progress"] is value
+    with Chest() as c:
+        c.update({"x": 1}, progress=value)
+        meant = value is None or value is True or value is print
+        assert [*c] == (["x"] if meant else ["x", "progress"])
 
 
 # -- what is shown --------------------------------------------------------------------------------
