@@ -356,6 +356,7 @@ class Memory(Spilling):
 
     def _end(self) -> None:
         self.closed = True
+        self.readonly = False  # what is asked of it from now on meets `closed`
         closed: Any = Closed(self.path)
         self.inmem = self._fixed = self.ledger = self.eviction = closed
         self.dirty, self._loose, self._hands = {}, {}, Hands()

@@ -84,6 +84,8 @@ def budget(available: float | str | None) -> float:
     ------
     ValueError
         If it is negative, not a number, or a text that says no amount.
+    TypeError
+        If it is neither a text nor of a kind that numbers are.
     OSError
         If it is a share of the memory, and the system does not tell how much there is.
     """
@@ -91,6 +93,10 @@ def budget(available: float | str | None) -> float:
         return DEFAULT_AVAILABLE_MEMORY
     if isinstance(available, str):
         return parse_amount(available)
-    if math.isnan(available) or available < 0:
-        raise ValueError(f"available_memory is {available!r}: it has to be a number of bytes")
+    message = f"available_memory is {available!r}: it has to be a number of bytes, or like '2 GB'"
+    try:
+        if math.isnan(available) or available < 0:
+            raise ValueError(message)
+    except TypeError:
+        raise TypeError(message) from None
     return available

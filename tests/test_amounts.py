@@ -47,6 +47,12 @@ def test_a_text_that_says_no_amount_is_refused_and_nothing_changes(text):
         assert c.available_memory == 1000
 
 
+@pytest.mark.parametrize("amount", [b"2 GB", [1], 1j])
+def test_what_is_no_amount_at_all_is_refused_by_name(amount):
+    with pytest.raises(TypeError, match=r"available_memory is .*: it has to be a number of bytes"):
+        Chest(available_memory=amount)
+
+
 def test_a_budget_that_is_set_as_text_makes_values_leave(tmp_path):
     with Chest({n: bytes(100) for n in range(1000)}, tmp_path / "chest") as c:
         c.available_memory = "10 kB"

@@ -1769,6 +1769,15 @@ def test_a_closed_chest_refuses_every_operation(path, where, end, operation):
             assert c == {"x": [1]}
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_closed_chest_that_was_only_read_refuses_every_operation_as_closed(path, operation):
+    Chest({"x": [1]}, path).close()
+    c = Chest(path=path, readonly=True)
+    c.close()
+    with pytest.raises(ChestClosedError):
+        OPERATIONS[operation](c)
+
+
 def test_iterating_goes_no_further_when_the_chest_is_closed(path):
     c = Chest({"x": [1], "y": [2]}, path)
     iterators = [iter(c), iter(c.values()), iter(c.items())]
