@@ -458,8 +458,9 @@ class Chest(Status, MutableMapping[K, V]):
     @available_memory.setter
     def available_memory(self, available: float | str | None) -> None:
         with self.lock:
-            self._memory.available = budget(available)
-            self._memory.eviction.set_budget(self._memory.available)
+            amount = budget(available)
+            self._memory.eviction.set_budget(amount)
+            self._memory.available = amount
             self._memory.make_room()
 
     def shrink(self) -> None:

@@ -78,9 +78,12 @@ class Hands:
             return
         self._passing[me] = hand  # so that it is held at any moment until it is owed
         self.held[me] = (key, value)
-        if hand[0] in self.left:  # only now: it may have left memory while it was in the hand
+        is_owed = hand[0] in self.left  # only now: it may have left memory while it was in the hand
+        if is_owed:
             self.owed.append(hand)
         self._passing.pop(me, None)
+        if not is_owed and hand[0] in self.left:  # just now
+            self.owed.append(hand)
 
     @block
     def pinned(self) -> Steps:
@@ -105,7 +108,7 @@ class Hands:
         """Remember that a value is not resident, or not `soon`, as long as it is alive."""
         if type(value).__weakrefoffset__:
             self.left[key] = weakref.ref(value)
-        elif soon or self._is_held(value):
+        elif soon or self._is_held(key, value):
             self.left[key] = lambda: value
         else:
             self.left.pop(key, None)
@@ -113,10 +116,10 @@ class Hands:
             self.left = {key: left for key, left in self.left.items() if left() is not None}
             self._limit = max(REFERENCES, 2 * len(self.left))
 
-    def _is_held(self, value: Any, times: int = 1) -> bool:
+    def _is_held(self, key: Hashable, value: Any, times: int = 1) -> bool:
         # In the order that a value takes, so that it is met wherever it goes meanwhile.
         held = [*self.held.values(), *self._pinned.values(), *self._passing.values(), *self.owed]
-        return sum(some is value for _, some in held) >= times
+        return len([name for name, some in held if some is value and name == key]) >= times
 
     def of_others(self) -> list[tuple[Any, Any]]:
         """Return what other threads have in hand, as pairs of key and value."""
@@ -144,7 +147,7 @@ class Hands:
         left = self.left.get(key)
         if left is None or left() is not value:
             return False
-        return isinstance(left, weakref.ref) or not self._is_held(value, 2)
+        return isinstance(left, weakref.ref) or not self._is_held(key, value, 2)
 
     def settled(self, key: Hashable, value: Any) -> None:
         """Let go of a value that `is_gone`, and is as the disk holds it."""

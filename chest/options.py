@@ -99,4 +99,6 @@ def budget(available: float | str | None) -> float:
             raise ValueError(message)
     except TypeError:
         raise TypeError(message) from None
+    except OverflowError:
+        raise ValueError(message) from None
     return available

@@ -34,7 +34,8 @@ def counting(progress: Progress, what: str) -> AbstractContextManager[Tally | No
     """
     if callable(progress):
         return Tally(progress)
-    if not progress or sys.stderr is None:  # there is none in a program without a console
+    # There is none in a program without a console, and one that is closed takes no text.
+    if not progress or sys.stderr is None or getattr(sys.stderr, "closed", False):
         return nullcontext()
     return Tally(_Shown(what))
 
@@ -105,7 +106,8 @@ class _Shown:
 def _show(what: str, total: int) -> Any:
     """Return a bar of tqdm, or a line that is used in the same way."""
     # Notebooks are watched though they are no terminals, so `disable=None` of tqdm is not enough.
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    is_terminal = getattr(sys.stderr, "isatty", bool)  # a stand-in for stderr may have no more
+    watched = is_terminal() or "ipykernel" in sys.modules  # than `write`
     if watched:
         try:
             from tqdm.auto import tqdm
@@ -132,11 +134,14 @@ class _Line:
         if due or self.n == self._total:
             self._next = time.monotonic() + BEAT
             text = f"{self._what}: {self.n:,} of {self._total:,} keys"
-            self._file.write("\r" * self._watched + text)
-            self._file.flush()
+            self._write("\r" * self._watched + text)
             self._written = True
 
     def close(self) -> None:
         if self._written:
-            self._file.write("\n")
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
+        if self._watched:
             self._file.flush()

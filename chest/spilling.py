@@ -221,7 +221,7 @@ class Spilling(Saving):
             self.begin()
             before = self.eviction.total
             self._report(self._evict([*self.eviction.cheapest()]))
-            return before - self.eviction.total or -1
+            return max(before - self.eviction.total, 0) or -1  # a hook may set others
 
     def move_to_disk(self, key: Hashable) -> None:
         """Write a value if need be, and let it go from memory.

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sized
 from heapq import nlargest
 from typing import Any
 
-from chest.errors import ChestError, say
+from chest.errors import ChestClosedError, ChestError, say, show
 from chest.memory import Memory
 from chest.progress import Progress, counting
 from chest.report import Report
@@ -162,7 +162,8 @@ class Status(Sized):
         What they had in memory is not known any more: it is taken for what they have on disk.
         """
         with self._memory.lock:
-            ledger, away = self._memory.ledger, self.slow
+            away = self.slow  # first: it takes in what others did
+            ledger = self._memory.ledger
             total = sum(ledger.length(ledger.rows[key]) for key in away)
         return total, total
 
@@ -186,8 +187,12 @@ class Status(Sized):
         where = memory.path or "no directory yet"
         if memory.closed:
             return f"<closed chest at {where}>"
+        try:
+            keys, nbytes = len(self), memory.eviction.total
+        except ChestClosedError:  # by another thread
+            return f"<closed chest at {where}>"
         return (
-            f"<chest at {where}: {len(self):,} keys, {memory.eviction.total:,} of "
+            f"<chest at {where}: {keys:,} keys, {nbytes:,} of "
             f"{memory.available:,.0f} bytes in memory>"
         )
 
@@ -202,7 +207,7 @@ class Status(Sized):
             share = min(memory.eviction.total / memory.available, 1) if memory.available else 0
             stored = [memory.ledger.length(row) for _, row in memory.ledger.stored()]
             rows = "".join(
-                _ROW.format(html.escape(repr(key)[:60]), size, "memory" if there else "disk")
+                _ROW.format(html.escape(show(key)[:60]), size, "memory" if there else "disk")
                 for size, there, key in nlargest(LARGEST, self._sizes(), key=lambda row: row[0])
             )
         head = "<tr><th>largest values</th><th>bytes</th><th>where</th></tr>"

@@ -53,6 +53,11 @@ def test_what_is_no_amount_at_all_is_refused_by_name(amount):
         Chest(available_memory=amount)
 
 
+def test_a_number_that_no_float_can_be_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"available_memory is .*: it has to be a number of bytes"):
+        Chest(available_memory=10**400)
+
+
 def test_a_budget_that_is_set_as_text_makes_values_leave(tmp_path):
     with Chest({n: bytes(100) for n in range(1000)}, tmp_path / "chest") as c:
         c.available_memory = "10 kB"

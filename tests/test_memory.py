@@ -2098,3 +2098,22 @@ def test_an_interrupted_load_can_be_done_again(gated, gate):
     gate.error = None
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(gated.__getitem__, "slow").result(10) == ["slow"]
+
+
+def test_a_list_under_two_keys_stays_in_memory_under_none_of_them():
+    with Chest(available_memory=0) as c:
+        for n in range(5):
+            c["a", n] = [0] * 1000
+            c["b", n] = c["a", n]
+        c["last"] = [1]
+        c.flush()
+        assert c._memory._hands.left.keys() <= {"last"}
+        assert c["a", 0] == c["b", 4] == [0] * 1000
+
+
+def test_a_budget_that_is_set_once_closed_is_not_changed():
+    c = Chest(available_memory=777)
+    c.close()
+    with pytest.raises(ChestClosedError):
+        c.available_memory = "1 GB"
+    assert c.available_memory == 777

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import glob
+import io
 import os
 import pickle
 import sys
@@ -605,3 +606,17 @@ def test_tqdm_itself(path, capsys, terminal, name):
     assert "20/20" in err
     assert err.endswith(" keys/s]\n")
     assert err.count("\n") == 1
+
+
+def test_a_stand_in_for_stderr_gets_a_line_and_a_closed_one_none(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=written.append))
+    with Chest({"x": 1, "y": 2}) as c:
+        c.flush(progress=True)
+        assert "".join(written) == "flush: 2 of 2 keys\n"
+        closed = io.StringIO()
+        closed.close()
+        monkeypatch.setattr(sys, "stderr", closed)
+        c["z"] = 3
+        c.flush(progress=True)
+        assert c.verify().keys == 3

@@ -335,3 +335,46 @@ def test_a_chest_that_is_dropped_open_warns(path):
     thread = threading.Thread(target=Chest)  # a temporary one is no loss
     thread.start()
     thread.join()
+
+
+def test_what_is_spilled_is_told_though_another_handle_compacted(path):
+    with Chest({"x": 1}, path) as c, Chest(path=path) as other:
+        c.flush()
+        other["y"] = 2
+        other.flush()
+        other.compact()
+        assert c.spilled_total > (0, 0)
+
+
+def test_a_chest_that_another_thread_closes_is_shown_as_closed(path, monkeypatch):
+    c = Chest({"x": 1}, path)
+    size = Chest.__len__
+
+    def closing(self):
+        found = size(self)
+        self.close()
+        return found
+
+    monkeypatch.setattr(Chest, "__len__", closing)
+    assert repr(c) == f"<closed chest at {path}>"
+
+
+def test_a_hook_that_sets_more_than_left_makes_nothing_free():
+    def set_more(key):
+        if len(c) < 3:
+            c["more", len(c)] = "x" * 5000
+
+    with Chest({"a": "y" * 100}, on_overflow=set_more) as c:
+        assert c.evict() == -1
+        c._check()
+
+
+class Odd(str):
+    def __repr__(self):
+        raise ValueError
+
+
+def test_a_key_that_cannot_be_shown_spoils_no_picture():
+    with Chest() as c:
+        c[Odd("x")] = 1
+        assert "largest values" in c._repr_html_()
