@@ -166,6 +166,6 @@ def apart(functions):
 def _answer(answers, barrier, number, function, arguments):
     try:
         answers.put((number, function(barrier, *arguments), None))
-    except Exception as error:  # noqa: BLE001 -- the process that waits for it tells
+    except Exception as error:  # noqa: BLE001 -- sent on, for the waiting process to raise
         barrier.abort()
         answers.put((number, None, f"{type(error).__name__}: {error}"))

@@ -82,7 +82,7 @@ def _read_run(memory: Memory, ledger: Ledger, rows: range) -> list[Any]:
         return _read_run(memory, ledger, rows[:half]) + _read_run(memory, ledger, rows[half:])
     try:
         values = list(map(pickle.loads, streams or []))
-    except Exception:  # noqa: BLE001 -- getting the value tells
+    except Exception:  # noqa: BLE001 -- a pickle raises anything; it is read alone next
         return nothing
     memory.meter.read(len(values), sum(map(len, streams or [])), perf_counter() - started)
     if any_changeable(values):
@@ -197,7 +197,7 @@ def _fetch_or_stop(
 ) -> None:
     try:
         _fetch_each(memory, todo, note)
-    except BaseException as error:  # noqa: BLE001 -- the thread that asked raises it
+    except BaseException as error:  # noqa: BLE001 -- whatever it is, `_fetch_in_threads` raises it
         errors.append(error)
         deque(todo, maxlen=0)
     finally:
@@ -299,5 +299,5 @@ def _is_as_named(memory: Memory, staged: Staged, other: Memory, entry: Entry) ->
         if os.path.samefile(source, staged.path):
             return True
         return memory.serializer.measure(staged.path) == (entry.length, entry.digest)
-    except Exception:  # noqa: BLE001 -- gone by now, or no stream at all: getting the value tells
+    except Exception:  # noqa: BLE001 -- gone, or no stream: then it is got as a value
         return False

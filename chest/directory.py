@@ -108,7 +108,7 @@ class Directory:
         """Return the name that the file of `key` should have."""
         try:
             name = self._namer(key)
-        except Exception:  # noqa: BLE001 -- it is somebody else's, and no value is lost for it
+        except Exception:  # noqa: BLE001 -- a user's function; a digest names it then
             return digest_name(key)
         if is_safe_filename(name) and len(name.rpartition("/")[2].encode()) <= NAME_BYTES:
             return name

@@ -79,7 +79,7 @@ class Loading(Changes):
                 with self:
                     step(*args)
         finally:
-            try:  # noqa: SIM105 -- no call before: interrupts come with calls
+            try:  # noqa: SIM105 -- `suppress` is a call, where interrupts come
                 self.lock.release()
             except RuntimeError:
                 pass  # another thread has it
@@ -167,7 +167,7 @@ class Loading(Changes):
                 return MISSING
             try:
                 value = pickle.loads(stream)
-            except Exception:  # noqa: BLE001 -- `fetch` tells
+            except Exception:  # noqa: BLE001 -- a pickle raises anything; `fetch` reads it again
                 return MISSING
             self.meter.read(1, len(stream), perf_counter() - started)
             size = self.measure(value)

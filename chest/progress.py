@@ -99,6 +99,7 @@ class _Shown:
         self._shown.update(done - self._shown.n)
 
     def close(self) -> None:
+        """Leave what was shown last."""
         if self._shown is not None:
             self._shown.close()
 
@@ -129,6 +130,7 @@ class _Line:
         self._written = False
 
     def update(self, more: int) -> None:
+        """Count so many more, and show it if it is time."""
         self.n += more
         due = self._watched and time.monotonic() >= self._next
         if due or self.n == self._total:
@@ -138,6 +140,7 @@ class _Line:
             self._written = True
 
     def close(self) -> None:
+        """End the line."""
         if self._written:
             self._write("\n")
 

@@ -309,7 +309,7 @@ def _is_storable(key: Hashable, unsaved: dict[Any, Exception]) -> bool:
     try:
         found = as_read(key)
         same = hash(found) == hash(key) and (found,) == (key,)
-    except Exception as error:  # noqa: BLE001 -- whatever its class does
+    except Exception as error:  # noqa: BLE001 -- its class raises anything; it is told to the user
         unsaved[key] = KeyTypeError(key, f"its pickle fails: {error}")
         return False
     if not same:

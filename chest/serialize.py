@@ -248,7 +248,7 @@ class Serializer:
                     streams.extend(map(pickle.dumps, islice(values, len(streams), None), _PROTOCOL))
                     if len(streams) < len(values):  # a map takes it for the end
                         streams.append(UndumpableError(StopIteration("raised by a pickled object")))
-                except Exception as error:  # noqa: BLE001 -- the caller tells
+                except Exception as error:  # noqa: BLE001 -- objects raise anything; it is returned
                     streams.append(UndumpableError(error))
         finally:
             storing.active = active

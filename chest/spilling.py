@@ -89,7 +89,7 @@ class Spilling(Saving):
                 self.__exit__(type(error))
             raise
         finally:
-            try:  # noqa: SIM105 -- no call before: interrupts come with calls
+            try:  # noqa: SIM105 -- `suppress` is a call, where interrupts come
                 self.lock.release()
             except RuntimeError:
                 pass  # it was interrupted before it had the lock
