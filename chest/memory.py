@@ -83,12 +83,7 @@ class Memory(Spilling):
     def _publish(self, store: Store) -> None:
         """Commit what a transaction did."""
         self.flush()
-        try:
-            store.end_transaction()
-        except OSError:
-            if not store.in_transaction:  # it counts, and only may not survive a power cut
-                self._isolate(False)
-            raise
+        store.end_transaction()
         self._isolate(False)
         store.tidy()
         self._look(store)
@@ -99,8 +94,6 @@ class Memory(Spilling):
         A block that is suspended in a generator is left when somebody collects that as garbage: in
         the midst of what its thread is doing with the chest, or in another thread.
         """
-        if not self.in_transaction:
-            return  # it is committed
         if thread not in sys._current_frames():
             self._loads.take_over()
         if self.holds_lock() and store.index.blocks == 1:

@@ -295,7 +295,7 @@ class Store(Upkeep):
         Raises
         ------
         OSError
-            If the disk refuses: then it has to be rolled back if `in_transaction` is still true.
+            If the disk refuses: then it has to be rolled back, which leaves what counts.
         """
         if self.index.seen == -1:
             raise RuntimeError("the transaction is rolled back, for a commit was interrupted in it")

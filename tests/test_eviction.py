@@ -546,3 +546,13 @@ def test_a_value_of_the_same_size_in_place_of_a_saved_one_is_saved(path, elsewhe
         c["y"] = "new"
         c.flush()
         assert dict(other) == {"x": "new", "y": "new"}
+
+
+def test_text_in_place_of_a_list_of_its_size_is_kept_as_what_cannot_change(path):
+    with Chest(path=path, nbytes=lambda _: 1) as c:
+        c["x"] = [1]
+        c["y"] = "in the hand now, instead of the list"
+        c["x"] = "text"
+        c._check()
+        c.flush()
+        c._check()

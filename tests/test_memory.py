@@ -2117,3 +2117,81 @@ def test_a_budget_that_is_set_once_closed_is_not_changed():
     with pytest.raises(ChestClosedError):
         c.available_memory = "1 GB"
     assert c.available_memory == 777
+
+
+def test_what_leaves_just_as_a_hand_takes_the_next_value_is_owed_a_look():
+    held = hands.Hands()
+    value = [1]
+
+    class Left(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            if not self:  # as another thread does that evicts it just then
+                held.leave("a", value)
+            return found
+
+    held.swap("a", value)
+    held.left = Left()
+    held.swap("b", [2])
+    assert [*held.owed] == [("a", value)]
+
+
+def test_what_a_hook_took_in_hand_is_owed_a_look():
+    held = hands.Hands()
+    held.hold("a", [1])
+    with held.pinned():
+        held.hold("b", [2])
+    assert [*held.owed] == [("b", [2])]
+    held.hold("c", [3])
+    assert held.held == {threading.get_ident(): ("c", [3])}
+
+
+class Nosy(list):
+    """Looks into the chest whenever it is pickled."""
+
+    chest, times = None, 0
+
+    def __reduce__(self):
+        Nosy.times += 1
+        Nosy.chest.get("other")
+        return list, (list(self),)
+
+
+def test_what_uses_the_chest_as_it_is_looked_at_is_looked_at_once(path):
+    with Chest({"other": [1]}, path, available_memory=0) as c:
+        Nosy.chest = c
+        c.setdefault("nosy", Nosy([1])).append(2)
+        Nosy.times = 0
+        c["x"] = [1]
+        assert Nosy.times <= 3  # as it is compared, and as it is written
+        assert c["nosy"] == [1, 2]
+        c._check()
+
+
+def test_looking_at_what_was_in_hand_goes_on_after_an_interrupt(path):
+    with Chest(path=path, available_memory=0) as c:
+        c.setdefault("x", [1]).append(2)
+        c._memory._hands.settling = True  # it came as the look ended
+        c._memory._tear()
+        c["y"] = [1]
+        with Chest(path=path) as other:
+            assert other["x"] == [1, 2]
+
+
+def test_what_cannot_be_looked_at_stops_one_operation_and_no_other(path, monkeypatch):
+    with Chest(path=path, available_memory=0) as c:
+        c.setdefault("x", [1]).append(2)
+        differs = c._memory._differs
+
+        def fail(key, *args):
+            if key == "x":
+                raise ValueError
+            return differs(key, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(c._memory, "_differs", fail)
+            with pytest.raises(ValueError):
+                c["y"] = [1]
+            assert c.get("z") is None
+        assert c["x"] == [1, 2]
+        c._check()
