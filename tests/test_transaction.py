@@ -2357,22 +2357,25 @@ def test_what_another_thread_changes_while_a_transaction_begins_is_not_taken_bac
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_a_transaction_that_cannot_be_made_safe_tells_whether_it_counts(path, monkeypatch, last):
+def test_a_transaction_that_cannot_be_made_safe_tells_whether_it_counts(path, last):
     fsync = os.fsync
     with Chest({"x": 1}, path=path, fsync=True) as c, Chest(path=path) as other:
         c.flush()
         length = c._memory.store.index.head[1]
 
+        def refuse(*_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
         def fail(number):
             if (c._memory.store.index.head[1] != length) == last:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+                patch.setattr(chest.index, "read_frames", refuse)  # nor can it be read now
+                refuse()
             fsync(number)
 
-        with pytest.raises((OSError, UnsavedError)) as caught:
-            with c.transaction():
+        with pytest.MonkeyPatch.context() as patch:
+            with pytest.raises((OSError, UnsavedError)) as caught, c.transaction():
                 c["x"] = 2
-                monkeypatch.setattr(os, "fsync", fail)
-        monkeypatch.setattr(os, "fsync", fsync)
+                patch.setattr(os, "fsync", fail)
         assert ("it is committed, but may be lost" in str(caught.value)) == last
         assert c["x"] == other["x"] == 1 + last
         c["y"] = 1
