@@ -98,6 +98,28 @@ def test_a_cluster_reduces_an_array_that_is_larger_than_all_of_its_memory():
     assert third == "mean: 149,999,999.5"
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_worker_that_is_started_by_hand_works_until_its_scheduler_ends():
+    async def work():
+        async with distributed.Scheduler(port=0, dashboard_address=":0") as scheduler:
+            run = [sys.executable, str(EXAMPLES / "dask_worker.py"), scheduler.address]
+            with subprocess.Popen(run) as worker:
+                try:
+                    async with distributed.Client(
+                        scheduler.address, asynchronous=True, set_as_default=False
+                    ) as client:
+                        await client.wait_for_workers(1, timeout=60)
+                        data = await client.run(lambda dask_worker: str(type(dask_worker.data)))
+                        assert [*data.values()] == ["<class 'chest.core.Chest'>"]
+                        assert await client.submit(sum, [1, 2, 3]) == 6
+                        await client.shutdown()
+                    assert await asyncio.to_thread(worker.wait, timeout=60) == 0
+                finally:
+                    worker.kill()
+
+    asyncio.run(work())
+
+
 # -- zarr and xarray ------------------------------------------------------------------------------
 
 
