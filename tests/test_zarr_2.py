@@ -32,3 +32,14 @@ def test_a_group_with_an_array_that_is_larger_than_memory(path):
         assert [*root["a"]] == ["t"]
         assert (root["a/t"][...] == field).all()
         assert not [key for key in c if key.startswith("gone")]
+        root = zarr.open_group(store=c)
+        root["a/t"][50:150] += 1
+        root["a/t"].attrs["mean"] = 0.5
+        root.move("a", "b")
+    field[50:150] += 1
+    with Chest(path=path, available_memory="500 kB") as c:
+        root = zarr.open_group(store=c, mode="r")
+        assert (root["b/t"][...] == field).all()
+        assert dict(root["b/t"].attrs) == {"mean": 0.5}
+        assert not [key for key in c if key.startswith("a")]
+        c._check()
