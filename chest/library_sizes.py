@@ -100,6 +100,24 @@ def _open_column(array: Any) -> Opened:
     return array.nbytes, []
 
 
+_TENSOR = 500  # bytes that a tensor takes beside its numbers, as a process grows
+_PARTS = {  # methods that have the numbers of a sparse tensor, which has no storage
+    "torch.sparse_coo": ("_indices", "_values"),
+    "torch.sparse_csr": ("crow_indices", "col_indices", "values"),
+    "torch.sparse_bsr": ("crow_indices", "col_indices", "values"),
+    "torch.sparse_csc": ("ccol_indices", "row_indices", "values"),
+    "torch.sparse_bsc": ("ccol_indices", "row_indices", "values"),
+}
+
+
+def _open_tensor(tensor: Any) -> Opened:
+    names = _PARTS.get(str(tensor.layout), ("untyped_storage",))
+    parts = [getattr(tensor, name)() for name in names]
+    if tensor.is_leaf and tensor.grad is not None:  # others have none, and warn of the question
+        parts.append(tensor.grad)
+    return _TENSOR, [(list, parts)]
+
+
 NAMED: dict[tuple[str, str], Opener] = {
     **{
         ("pyarrow", name): lambda value: (value.get_total_buffer_size(), [])
@@ -112,7 +130,7 @@ NAMED: dict[tuple[str, str], Opener] = {
     ("pandas", "Index"): _open_index,
     ("pandas", "ExtensionArray"): _open_column,
     ("pyarrow", "Buffer"): lambda value: (value.size, []),
-    ("torch", "Tensor"): lambda value: (0, [(list, [value.untyped_storage()])]),
+    ("torch", "Tensor"): _open_tensor,
     ("torch", "UntypedStorage"): lambda value: (value.nbytes(), []),
     ("builtins", "memoryview"): _open_memoryview,
     ("_ctypes", "_CData"): lambda value: (getsizeof(value) + memoryview(value).nbytes, []),

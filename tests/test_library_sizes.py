@@ -198,4 +198,30 @@ def test_torch():
     torch = pytest.importorskip("torch")
     data = torch.zeros(250_000)
     assert nbytes(data) == about(MB, rel=0.01)
-    assert nbytes(list(data.reshape(1000, -1))) == about(MB, rel=0.2)
+    assert nbytes(data[:10]) == about(MB, rel=0.01)  # a view holds all
+    assert nbytes(torch.zeros(1000).expand(1000, 1000)) < 5000
+    assert nbytes(list(data.reshape(1000, -1))) == about(1.5 * MB, rel=0.1)
+    assert nbytes([torch.tensor(n) for n in range(1000)]) == about(520_000)  # as a process grows
+
+
+def test_the_gradient_of_a_tensor_of_torch():
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.Linear(500, 500)
+    assert nbytes(layer) == about(MB, rel=0.02)
+    result = layer(torch.ones(1, 500))
+    assert nbytes(result) < 5000  # it has no gradient, and asking would warn
+    result.sum().backward()
+    assert nbytes(layer) == about(2 * MB, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.parametrize(("form", "known"), [
+    ("sparse", 60_000), ("sparse_csr", 60_008), ("sparse_csc", 60_008),
+    ("sparse_bsr", 60_008), ("sparse_bsc", 60_008),
+])  # fmt: skip
+def test_sparse_torch(form, known):
+    torch = pytest.importorskip("torch")
+    blocks = [(1, 1)] if form.startswith("sparse_bs") else []
+    value = getattr(torch.eye(3000), f"to_{form}")(*blocks).clone()  # whose parts are no views
+    assert nbytes(value) == about(known)
+

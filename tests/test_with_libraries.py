@@ -312,3 +312,33 @@ def test_large_buffers_are_neither_joined_nor_copied_on_their_way(path, name):
             tracemalloc.stop()
     assert writing < 6_000_000
     assert reading < size + 6_000_000  # a step of reading, and no second copy
+
+
+def test_tensors_of_torch_spill_and_come_back_writeable(path):
+    torch = pytest.importorskip("torch")
+    tensors = {n: torch.rand(100, 1000) for n in range(20)}
+    tensors["half"] = torch.rand(1000).to(torch.bfloat16)
+    tensors["turned"] = torch.rand(300, 20).T
+    with Chest(tensors, path, available_memory="2 MB") as c:
+        assert c.memory_usage == pytest.approx(5 * 400_500, rel=0.2)
+        assert c.stats().spills > 0
+    with Chest(path=path, available_memory="2 MB") as c:
+        for key, tensor in tensors.items():
+            assert c[key].dtype == tensor.dtype
+            assert torch.equal(c[key], tensor)
+            c[key].mul_(2)
+        c._check()
+    with Chest(path=path) as c:
+        assert all(torch.equal(c[key], 2 * tensor) for key, tensor in tensors.items())
+
+
+def test_a_model_of_torch_comes_back_as_good_as_it_was(path):
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(300, 200)
+    with Chest({"model": model, "state": model.state_dict()}, path, available_memory=0) as c:
+        assert not c.inmem
+    with Chest(path=path) as c:
+        rows = torch.rand(5, 300)
+        assert torch.equal(c["model"](rows), model(rows))
+        c["model"].load_state_dict(c["state"])
+        assert c["model"].weight.requires_grad
