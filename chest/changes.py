@@ -9,7 +9,7 @@ from itertools import compress, filterfalse
 from typing import Any
 
 from chest.blocks import Steps, block
-from chest.columns import Entry
+from chest.columns import Entry, gather
 from chest.errors import ChestClosedError, ReadOnlyError
 from chest.ledger import UNSAVED
 from chest.residents import MISSING, Residents
@@ -212,9 +212,8 @@ class Changes(Residents):
         try:
             expected: Iterable[Any] = self.ledger.digests(small)
             if self._as_loaded:
-                expected = map(self._as_loaded.get, small, expected)
-            expected = [*expected]
-            streams: Any = self.serializer.dumps_all([*map(self.inmem.__getitem__, small)])
+                expected = [*map(self._as_loaded.get, small, expected)]
+            streams: Any = self.serializer.dumps_all(gather(self.inmem, small))
             changed = [*compress(small, map(operator.ne, expected, map(digest_bytes, streams)))]
         except (KeyError, TypeError):  # what is pickled deletes others, or cannot be
             return keys

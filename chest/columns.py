@@ -33,6 +33,14 @@ CHECKED = 1 << 16  # bytes of a frame, up to which the opcodes of a trusted one 
 Packed = tuple[str, bytes]
 
 
+def gather(source: Any, keys: Collection[Any]) -> Sequence[Any]:
+    """Return the items of `source` under `keys`, in one step of C where there are several."""
+    if len(keys) < 2:  # an itemgetter of one gives the item itself
+        return [source[key] for key in keys]
+    found: tuple[Any, ...] = operator.itemgetter(*keys)(source)
+    return found
+
+
 class FrameError(Exception):
     """A payload whose checksum is right, and whose content is not a frame's."""
 

@@ -30,6 +30,7 @@ from chest.columns import (
     Unread,
     decode,
     encode,
+    gather,
     is_plain,
 )
 from chest.errors import say
@@ -176,9 +177,9 @@ class Ledger:
         row = self.rows[key]
         return -1 if row < 0 else self._digests[row]
 
-    def digests(self, keys: Iterable[Any]) -> Iterator[int]:
+    def digests(self, keys: Collection[Any]) -> Sequence[int]:
         """Return the digests of the stored values of keys that a commit holds."""
-        return map(self._digests.__getitem__, map(self.rows.__getitem__, keys))
+        return gather(self._digests, gather(self.rows, keys))
 
     def stored(self) -> Iterator[tuple[Any, int]]:
         """Yield the keys that a commit holds, with their rows."""
@@ -241,11 +242,11 @@ class Ledger:
         return [*self.obsolete, *(Entry(name, 0, 0, 0) for name in self.dead_packs())]
 
     def _serials_of(self, keys: list[Any]) -> list[int]:
-        rows = [*map(self.rows.__getitem__, keys)]
+        rows = gather(self.rows, keys)
         if max(rows, default=0) < 0:  # all are new
             return [*map(operator.invert, rows)]
         if min(rows, default=0) >= 0:
-            return [*map(self._serials.__getitem__, rows)]
+            return [*gather(self._serials, rows)]
         return [~row if row < 0 else self._serials[row] for row in rows]
 
     def committed_rows(self) -> dict[Any, int]:
@@ -502,8 +503,7 @@ class Ledger:
                 times = Counter(serials)
                 spelled = [times[serials[n]] > 1 and _spell(keys[n]) for n in range(len(keys))]
                 order.sort(key=lambda n: (serials[n], rows[n] < 0, spelled[n]))
-            sorted_rows = map(rows.__getitem__, order)
-            self.rows = dict(zip(map(keys.__getitem__, order), sorted_rows, strict=True))
+            self.rows = dict(zip(gather(keys, order), gather(rows, order), strict=True))
             self._in_order = True
 
     def forget_folders(self, names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from chest.changes import STEP
-from chest.columns import SURE, as_read
+from chest.columns import SURE, as_read, gather
 from chest.errors import KeyTypeError, ReadOnlyError
 from chest.eviction import Eviction
 from chest.ledger import UNSAVED
@@ -96,7 +96,7 @@ class Saving(Loading):
             # What is not resident was deleted or spilled by what was pickled before.
             step = [*filter(self.inmem.__contains__, keys[start : start + some])]
             start += some
-            values.update(zip(step, map(self.inmem.__getitem__, step), strict=True))
+            values.update(zip(step, gather(self.inmem, step), strict=True))
             if not SURE.issuperset(map(type, step)):
                 storable = [key for key in step if _is_storable(key, unsaved)]
                 step = [*filter(self.inmem.__contains__, storable)]
@@ -155,7 +155,7 @@ class Saving(Loading):
         if not self.serializer.packs:
             return dict.fromkeys(keys)
         small = self.eviction.small(keys)
-        dumped = self.serializer.dumps_all([*map(values.__getitem__, small)])
+        dumped = self.serializer.dumps_all(gather(values, small))
         streams = dict(zip(small, dumped, strict=True))
         return streams if small is keys else {key: streams.get(key) for key in keys}
 

@@ -188,6 +188,16 @@ def _pairs(value: dict[Any, Any]) -> int:
     return total if total <= _TINY else _walk(value)
 
 
+def _array(value: Any) -> int:
+    """Size an array of numbers with the memory that it is a view of; anything else is walked."""
+    memory = value.base
+    if memory is None:
+        return _walk(value) if value.dtype.hasobject else getsizeof(value)
+    if type(memory) is not type(value) or memory.base is not None or memory.dtype.hasobject:
+        return _walk(value)
+    return getsizeof(value) + getsizeof(memory)
+
+
 # The walk: open all values of a level, draw parts from them, go on with these.
 
 
@@ -355,7 +365,9 @@ def _find(kind: type) -> tuple[_Sizer, Opener | None]:
         opener = _OPENERS.get(base) or NAMED.get(name)
         if opener:
             more = _NOTHING if name[0] in SEALED else _fields(kind)
-            return _QUICK.get(kind, _walk), partial(_open_with, opener, *more)
+            is_array = base is kind and name == ("numpy", "ndarray")
+            quick = _array if is_array else _QUICK.get(kind, _walk)
+            return quick, partial(_open_with, opener, *more)
     more = _fields(kind)
     if any("nbytes" in vars(base) for base in kind.__mro__):
         return _walk, partial(_open_claim, partial(_open_with, _open_bare, *more))

@@ -12,6 +12,7 @@ from collections.abc import Hashable
 from itertools import compress, filterfalse, repeat
 from typing import Any
 
+from chest.columns import gather
 from chest.errors import UnsavedError, say, show
 from chest.progress import Tally
 from chest.saving import Saving
@@ -179,7 +180,7 @@ class Spilling(Saving):
 
     def _let_go(self, keys: list[Any]) -> None:
         """Let go of values that cannot change, all in a few steps."""
-        kinds = {*map(type, map(self.inmem.__getitem__, keys))}
+        kinds = {*map(type, gather(self.inmem, keys))}
         if any(kind.__weakrefoffset__ for kind in kinds):
             for key in keys:
                 self._let_go_of(key)

@@ -54,6 +54,31 @@ def test_arrays():
     assert nbytes([np.zeros(1000) for _ in range(5000)]) == about(5000 * 8112)
 
 
+OBJECTS = np.array([bytes(5000)] * 3, dtype=object)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros(1000),
+        np.zeros(1000)[5:],
+        np.zeros((20, 50)).T,
+        np.zeros((20, 50))[3].view("u1")[::2],
+        np.zeros(100, dtype="f4,i2")["f0"],
+        np.zeros(100, dtype=[("n", "f8"), ("o", "O")])["n"],
+        np.frombuffer(bytes(8000)),
+        np.frombuffer(bytearray(8000))[5:],
+        np.zeros(1000).view(np.recarray),
+        np.zeros(100, dtype="f4,i2").view(np.recarray).f0,
+        OBJECTS,
+        OBJECTS[1:],
+    ],
+    ids=range(12),
+)
+def test_an_array_by_itself_costs_what_it_costs_in_a_list(value):
+    assert nbytes(value) == nbytes([value]) - sys.getsizeof([value])
+
+
 def test_arrays_that_cost_little(tmp_path):
     assert nbytes(np.broadcast_to(np.arange(3), (10**6, 3))) < 1000
     assert nbytes(np.lib.stride_tricks.as_strided(np.zeros(1), (10**6,), (0,))) < 3000
