@@ -190,12 +190,18 @@ def _pairs(value: dict[Any, Any]) -> int:
 
 def _array(value: Any) -> int:
     """Size an array of numbers with the memory that it is a view of; anything else is walked."""
-    memory = value.base
-    if memory is None:
-        return _walk(value) if value.dtype.hasobject else getsizeof(value)
-    if type(memory) is not type(value) or memory.base is not None or memory.dtype.hasobject:
+    total, memory = getsizeof(value), value.base
+    if memory is None and value.dtype.hasobject:
         return _walk(value)
-    return getsizeof(value) + getsizeof(memory)
+    while memory is not None:
+        kind = type(memory)
+        total += getsizeof(memory)
+        if kind is bytes or kind is bytearray:
+            break
+        if kind is not type(value) or memory.dtype.hasobject:
+            return _walk(value)
+        memory = memory.base
+    return total
 
 
 # The walk: open all values of a level, draw parts from them, go on with these.

@@ -3,6 +3,7 @@
 import array
 import ctypes
 import mmap
+import pickle
 import random
 import sys
 
@@ -68,12 +69,14 @@ OBJECTS = np.array([bytes(5000)] * 3, dtype=object)
         np.zeros(100, dtype=[("n", "f8"), ("o", "O")])["n"],
         np.frombuffer(bytes(8000)),
         np.frombuffer(bytearray(8000))[5:],
+        pickle.loads(pickle.dumps(np.zeros(1000), 5)),
+        np.asarray(memoryview(bytearray(8000))),
         np.zeros(1000).view(np.recarray),
         np.zeros(100, dtype="f4,i2").view(np.recarray).f0,
         OBJECTS,
         OBJECTS[1:],
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_an_array_by_itself_costs_what_it_costs_in_a_list(value):
     assert nbytes(value) == nbytes([value]) - sys.getsizeof([value])
