@@ -198,9 +198,12 @@ def _array(value: Any) -> int:
         total += getsizeof(memory)
         if kind is bytes or kind is bytearray:
             break
-        if kind is not type(value) or memory.dtype.hasobject:
+        if kind is memoryview:
+            memory = memory.obj
+        elif kind is type(value) and not memory.dtype.hasobject:
+            memory = memory.base
+        else:
             return _walk(value)
-        memory = memory.base
     return total
 
 
