@@ -29,6 +29,15 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not left_out(item)]
 
 
+def pytest_collection_finish():
+    """Spare the garbage collector what the libraries and the tests themselves are made of.
+
+    That is a hundred times what a test makes, and many tests collect again and again.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def path(tmp_path):
     """Where a chest may be; nothing is there yet."""
