@@ -38,6 +38,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Let go of the timer of each test: a fork looks at every thread, also of those ended."""
+    result = yield
+    item.__dict__.pop("cancel_timeout", None)
+    return result
+
+
 @pytest.fixture
 def path(tmp_path):
     """Where a chest may be; nothing is there yet."""
