@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import zlib
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
@@ -63,11 +64,31 @@ def _own_temp_dir(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _measured_as_before():
-    """Give coverage back what a test that traces took from it."""
-    before = sys.gettrace()
-    yield
-    sys.settrace(before)
+def _measured(request):
+    """Keep coverage out of tests that repeat; give it back what a test that traces took from it."""
+    repeats = request.node.get_closest_marker("repeats") is not None
+    with _unmeasured() if repeats else nullcontext():
+        before = sys.gettrace()
+        yield
+        sys.settrace(before)
+
+
+@contextmanager
+def _unmeasured():
+    """Pause coverage, if it runs, in this process and in its children."""
+    coverage = "coverage" in sys.modules and sys.modules["coverage"].Coverage.current()
+    if not coverage:
+        yield
+        return
+    coverage.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COVERAGE_PROCESS_START", raising=False)  # by which children start it
+        patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield
+    patches = coverage.get_option("run:patch")
+    coverage.set_option("run:patch", [])  # they are still there, and would be made again
+    coverage.start()
+    coverage.set_option("run:patch", patches)
 
 
 @pytest.fixture(autouse=True)

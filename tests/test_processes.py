@@ -1596,6 +1596,7 @@ def found_after(path):
 
 
 @needs_fork
+@pytest.mark.repeats
 @pytest.mark.parametrize("action", AFTER)
 def test_who_is_killed_at_any_step_blocks_nobody_and_does_all_or_nothing(fresh, action):
     path = fresh()
@@ -1621,6 +1622,7 @@ def test_who_is_killed_at_any_step_blocks_nobody_and_does_all_or_nothing(fresh, 
 
 
 @needs_fork
+@pytest.mark.repeats
 @pytest.mark.parametrize("action", AFTER)
 def test_a_child_that_lives_on_keeps_no_lock_of_a_parent_that_was_killed(fresh, action):
     """Forked at any step of what its parent does, just before that is killed."""
@@ -1701,6 +1703,7 @@ def test_a_child_forked_in_a_compaction_has_no_lock_of_the_new_index(path, monke
 
 
 @needs_fork
+@pytest.mark.repeats
 def test_who_is_killed_while_it_makes_a_chest_is_in_nobodys_way(tmp_path):
     def open_it(path):
         Chest({"x": [1]}, path).close()

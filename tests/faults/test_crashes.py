@@ -20,6 +20,7 @@ from disk import ALL, Disk, opened
 from work import STEPS, Small, Work, check_usable, fits, make_others, read_back, seen, states
 
 pytestmark = [
+    pytest.mark.repeats,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
     pytest.mark.timeout(3000),

@@ -44,6 +44,7 @@ import chest.serialize
 from chest import Chest, UnsavedError
 
 pytestmark = [
+    pytest.mark.repeats,
     pytest.mark.timeout(6000),
     pytest.mark.filterwarnings("ignore:a chest was not closed:ResourceWarning"),
 ]

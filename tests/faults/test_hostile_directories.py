@@ -34,7 +34,7 @@ ROOM = 256 << 20
 SOON = 20  # seconds: what hangs, hangs for ever
 OLD = os.path.join(os.path.dirname(os.path.dirname(__file__)), "old_chests")
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.repeats, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(autouse=True)

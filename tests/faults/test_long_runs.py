@@ -36,7 +36,7 @@ SMALL = [("s", n) for n in range(150)]
 ALONE = [f"f{n}" for n in range(12)]
 KEYS = [*SMALL, *ALONE]
 
-pytestmark = pytest.mark.timeout(7200 if FULL else 300)
+pytestmark = [pytest.mark.repeats, pytest.mark.timeout(7200 if FULL else 300)]
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from work import STEPS, Small, Work, check_usable, fits, make_others, plain, rea
 
 from chest import ChestError
 
-pytestmark = pytest.mark.timeout(6000)
+pytestmark = [pytest.mark.repeats, pytest.mark.timeout(6000)]
 
 SECTOR = 512
 SAMPLE = 300 if ALL else 40  # states of each moment

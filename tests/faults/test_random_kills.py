@@ -21,6 +21,7 @@ from work import Small, check_usable, plain, seen
 from chest import Chest
 
 pytestmark = [
+    pytest.mark.repeats,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
     pytest.mark.timeout(3000),
