@@ -179,15 +179,15 @@ def draw(folder: str, results: Results) -> None:
         systems = systems_of(results, name)
         metrics = [
             metric for metric in results.metrics(name)
-            if sum((name, system, metric) in results.values for system in systems) > 1
+            if sum((name, system, metric) in results.values for system in systems) > 2
         ]
         across = min(len(metrics), 3) or 1
         down = -(-len(metrics) // across)
-        figure = Figure(figsize=(3.2 * across, (0.2 * len(systems) + 0.7) * down))
+        size = (3.2 * across, (0.2 * len(systems) + 0.7) * down)
+        figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title(results, name) + " (logarithmic)")
         for place, metric in enumerate(metrics, 1):
             panel(figure.add_subplot(down, across, place), results, name, metric, systems)
-        figure.tight_layout()
         figure.savefig(os.path.join(folder, f"{name}.svg"), metadata={"Date": None})
 
 
