@@ -13,7 +13,7 @@ from chest import Chest
 
 WORKERS = 2
 LIMIT = 300_000_000  # bytes of memory that a worker may take, its Python and libraries included
-CHUNK = 1_250_000  # numbers; 10 MB
+CHUNK = 625_000  # numbers; 5 MB
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
             n_workers=WORKERS,
             threads_per_worker=1,
             memory_limit=LIMIT,
-            data=(Chest, {"available_memory": "50 MB"}),
+            data=(Chest, {"available_memory": "30 MB"}),
             dashboard_address=":0",
             silence_logs=logging.ERROR,
         ) as cluster,
