@@ -82,6 +82,15 @@ def test_an_array_by_itself_costs_what_it_costs_in_a_list(value):
     assert nbytes(value) == nbytes([value]) - sys.getsizeof([value])
 
 
+def test_an_array_of_a_class_with_attributes_costs_these_too():
+    class Labelled(np.ndarray):
+        pass
+
+    value = Labelled(1000)
+    value.label = bytes(5000)
+    assert nbytes(value) == about(8000 + 5000)
+
+
 def test_arrays_that_cost_little(tmp_path):
     assert nbytes(np.broadcast_to(np.arange(3), (10**6, 3))) < 1000
     assert nbytes(np.lib.stride_tricks.as_strided(np.zeros(1), (10**6,), (0,))) < 3000

@@ -496,6 +496,15 @@ ALIVE = {
 }
 
 
+def test_an_array_that_cannot_change_and_is_alive_comes_back_as_the_same_object():
+    value = frozen([1.0, 2.0])
+    with Chest(available_memory=4000) as c:
+        c["k"] = value
+        crowd(c)
+        assert "k" not in c.inmem
+        assert c["k"] is value
+
+
 @pytest.fixture(params=ALIVE)
 def alive(request):
     """A value that can be referred to weakly, and something that changes it."""
