@@ -39,6 +39,11 @@ class Fields:
         return (_read(field, self.value) for field in self.fields)
 
 
+def viewed(view: memoryview) -> Any:
+    """Return whose memory a memoryview shows; None if it was released."""
+    return _read(vars(memoryview)["obj"], view)
+
+
 def _open_memoryview(value: Any) -> Opened:
     return getsizeof(value), [(Fields, Fields((vars(memoryview)["obj"],), value))]
 

@@ -198,9 +198,12 @@ class Saving(Loading):
             saved = batch.keys()
             self.meter.writes += len(saved)
             self.meter.bytes_written += batch.nbytes
+            # What gave a key its file's name, or pickled a key, may have set another value since.
+            if not all(map(operator.is_, map(self.inmem.get, saved), gather(values, saved))):
+                saved = [key for key in saved if self.inmem.get(key) is values[key]]
             if self._as_loaded:
                 deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
-            deque(map(self.dirty.pop, saved), maxlen=0)
+            deque(map(self.dirty.pop, saved, repeat(None)), maxlen=0)
             if not self.dirty:
                 self.dirty.clear()  # a dict that was large takes long to be looked through
             store.tidy()

@@ -29,7 +29,7 @@ from sys import getrefcount, getsizeof
 from threading import RLock
 from typing import Any, Protocol, TypeVar, cast, overload
 
-from chest.library_sizes import NAMED, SEALED, Fields, Group, Opened, Opener
+from chest.library_sizes import NAMED, SEALED, Fields, Group, Opened, Opener, viewed
 
 __all__ = ["nbytes"]
 
@@ -196,10 +196,10 @@ def _array(value: Any) -> int:
     while memory is not None:
         kind = type(memory)
         total += getsizeof(memory)
-        if kind is bytes or kind is bytearray:
+        if kind in _plain:  # bytes, a bytearray: nobody registered another size
             break
-        if kind is memoryview:
-            memory = memory.obj
+        if kind is memoryview and _sizers[kind] is _walk:
+            memory = viewed(memory)
         elif kind is type(value) and not memory.dtype.hasobject:
             memory = memory.base
         else:

@@ -82,6 +82,12 @@ def test_an_array_by_itself_costs_what_it_costs_in_a_list(value):
     assert nbytes(value) == nbytes([value]) - sys.getsizeof([value])
 
 
+def test_an_array_whose_memoryview_was_released_costs_what_is_known_of_it():
+    value = np.frombuffer(bytearray(8000))
+    value.base.release()
+    assert 100 < nbytes(value) < 500
+
+
 def test_an_array_of_a_class_with_attributes_costs_these_too():
     class Labelled(np.ndarray):
         pass

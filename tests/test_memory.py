@@ -735,6 +735,52 @@ def test_a_second_flush_writes_nothing(path):
             c.flush()
 
 
+class Meddler:
+    """A key that does something whenever it is pickled."""
+
+    meddle = staticmethod(int)
+
+    def __eq__(self, other):
+        return type(other) is Meddler
+
+    def __hash__(self):
+        return 1
+
+    def __reduce__(self):
+        self.meddle()
+        return Meddler, ()
+
+
+@pytest.mark.parametrize("more", [0, 100])
+@pytest.mark.parametrize("where", ["a key is pickled", "a file gets its name"])
+def test_a_value_that_is_set_in_the_midst_of_a_commit_is_written_by_the_next(
+    path, monkeypatch, where, more
+):
+    def set_it(encoding):
+        store = c._memory.store
+        commits = store.index.is_locked and store.ledger._encoding == encoding
+        if commits and c.inmem["a"] == "old":
+            c["a"] = "new"
+
+    def namer(key):
+        if where == "a file gets its name":
+            set_it(encoding=False)
+        return chest.key_to_filename(key)
+
+    with Chest(path=path, key_to_filename=namer) as c:
+        c["a"], c[Meddler()], c["b"] = "old", "x" * 5000, "old"
+        for n in range(more):
+            c[n] = n
+        if where == "a key is pickled":
+            monkeypatch.setattr(Meddler, "meddle", staticmethod(lambda: set_it(encoding=True)))
+        c.flush()
+        assert c["a"] == "new"
+        c._check()
+        c.flush()
+    with Chest(path=path) as c:
+        assert c["a"] == "new"
+
+
 def test_flush_writes_only_what_changed(path):
     with Chest({"a": [1], "b": [2]}, path=path) as c:
         c.flush()

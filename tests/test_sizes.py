@@ -55,6 +55,13 @@ def register(monkeypatch):
         known.clear()
 
 
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_an_array_costs_what_was_registered_for_its_memory(register, kind):
+    value = np.frombuffer(bytearray(8000) if kind is memoryview else kind(8000))
+    register(kind, lambda memory: 7)
+    assert nbytes(value) == nbytes([value]) - sys.getsizeof([value]) < 1000
+
+
 class Point:
     def __init__(self, x, y):
         self.x, self.y = x, y
