@@ -20,6 +20,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby, repeat
 from typing import Any
 
+from chest.blocks import Steps, block
 from chest.columns import (
     Block,
     Entry,
@@ -93,7 +94,7 @@ class Ledger:
         self._serials = array("Q")
         self._next_serial = 0
         self._in_order = True
-        self._encoding = False
+        self._recording = False
         self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
         self._cleared: dict[Any, int] | None = None  # not committed yet: what `rows` was
 
@@ -127,14 +128,15 @@ class Ledger:
         Raises
         ------
         RuntimeError
-            If a key that is pickled for it is the one who asks.
+            If a key that is pickled for it, or what names its file, is the one who asks.
         """
-        if self._encoding:
-            raise RuntimeError("a key must not delete or commit while it is pickled for a commit")
+        if self._recording:
+            who = "what pickles a key, or names its file, for a commit"
+            raise RuntimeError(f"{who} must not delete keys or commit itself")
 
     def mend(self) -> None:
         """Put right what an interrupt left half done: a key is what `rows` says."""
-        self._encoding = False
+        self._recording = False
         if self._cleared is self.rows:
             self._cleared = None
         stored = dict(self.stored())
@@ -215,6 +217,15 @@ class Ledger:
 
     # -- commits ---------------------------------------------------------------------------------
 
+    @block
+    def recording(self) -> Steps:
+        """Have whoever deletes or commits in the block refused by `demand_quiet`."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
     def encode(
         self, blocks: Iterable[Puts], serializer: tuple[str, bool | None], *, first: bool = True
     ) -> list[bytes]:
@@ -222,20 +233,16 @@ class Ledger:
 
         With ``first=False`` they go on with the commit that earlier payloads began.
         """
-        self._encoding = True
-        try:
-            batches = _in_batches((self._serials_of(puts.keys), puts) for puts in blocks)
-            start = encode(
-                next(batches, []),
-                first=first,
-                cleared=self._cleared is not None,
-                serializer=serializer,
-                left=self.left() if first else (),
-                deleted=self._deleted,
-            )
-            return [start, *map(encode, batches)]
-        finally:
-            self._encoding = False
+        batches = _in_batches((self._serials_of(puts.keys), puts) for puts in blocks)
+        start = encode(
+            next(batches, []),
+            first=first,
+            cleared=self._cleared is not None,
+            serializer=serializer,
+            left=self.left() if first else (),
+            deleted=self._deleted,
+        )
+        return [start, *map(encode, batches)]
 
     def left(self) -> list[Entry]:
         """Return what is obsolete, with the packs of which nothing is needed."""
@@ -352,8 +359,8 @@ class Ledger:
                 self._retire([row])
         self._retire(self.unreadable.pop(data, UNSAVED) for data in unread)
         self.records += len(deleted)
-        for block in frame.blocks:
-            self._put(block)
+        for columns in frame.blocks:
+            self._put(columns)
 
     def _tell(self, rows: Iterable[tuple[Any, int]]) -> None:
         """Note that keys are about to be replaced or deleted, before an interrupt can come."""

@@ -170,10 +170,11 @@ class Store(Upkeep):
         joins = self._transaction is not None
         if not joins:
             self._sweep()
-        plan = self._plan(batch)
         serializer = (self.serializer.name, self.serializer.text)
         before = self.index.appended
-        payloads = self.ledger.encode(plan.puts, serializer, first=before == 0)
+        with self.ledger.recording():
+            plan = self._plan(batch)
+            payloads = self.ledger.encode(plan.puts, serializer, first=before == 0)
         try:
             self._note(plan.new)
             for payload in payloads:

@@ -756,15 +756,13 @@ class Meddler:
 def test_a_value_that_is_set_in_the_midst_of_a_commit_is_written_by_the_next(
     path, monkeypatch, where, more
 ):
-    def set_it(encoding):
-        store = c._memory.store
-        commits = store.index.is_locked and store.ledger._encoding == encoding
-        if commits and c.inmem["a"] == "old":
+    def set_it():
+        if c._memory.store.index.is_locked and c.inmem["a"] == "old":
             c["a"] = "new"
 
     def namer(key):
         if where == "a file gets its name":
-            set_it(encoding=False)
+            set_it()
         return chest.key_to_filename(key)
 
     with Chest(path=path, key_to_filename=namer) as c:
@@ -772,13 +770,52 @@ def test_a_value_that_is_set_in_the_midst_of_a_commit_is_written_by_the_next(
         for n in range(more):
             c[n] = n
         if where == "a key is pickled":
-            monkeypatch.setattr(Meddler, "meddle", staticmethod(lambda: set_it(encoding=True)))
+            monkeypatch.setattr(Meddler, "meddle", staticmethod(set_it))
         c.flush()
         assert c["a"] == "new"
         c._check()
         c.flush()
     with Chest(path=path) as c:
         assert c["a"] == "new"
+
+
+REFUSED = {
+    "del": lambda c: c.__delitem__("a"),
+    "pop": lambda c: c.pop("a"),
+    "clear": lambda c: c.clear(),
+    "flush": lambda c: c.flush(),
+    "compact": lambda c: c.compact(),
+    "move to disk": lambda c: c.move_to_disk("a"),
+}
+
+
+@pytest.mark.parametrize("action", REFUSED)
+@pytest.mark.parametrize("where", ["a key is pickled", "a file gets its name"])
+def test_who_deletes_or_commits_in_the_midst_of_a_commit_is_refused(
+    path, monkeypatch, where, action
+):
+    refused = []
+
+    def meddle():
+        if c._memory.store.index.is_locked and not refused:
+            with pytest.raises(RuntimeError, match="must not delete keys or commit") as error:
+                REFUSED[action](c)
+            refused.append(error)
+
+    def namer(key):
+        if where == "a file gets its name":
+            meddle()
+        return chest.key_to_filename(key)
+
+    with Chest(path=path, key_to_filename=namer) as c:
+        c["a"], c[Meddler()], c["b"] = "x", "y" * 5000, "z"
+        if where == "a key is pickled":
+            monkeypatch.setattr(Meddler, "meddle", staticmethod(meddle))
+        c.flush()
+        assert refused
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"a": "x", Meddler(): "y" * 5000, "b": "z"}
 
 
 def test_flush_writes_only_what_changed(path):
