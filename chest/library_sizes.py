@@ -39,13 +39,16 @@ class Fields:
         return (_read(field, self.value) for field in self.fields)
 
 
+_OF_VIEW = vars(memoryview)["obj"]
+
+
 def viewed(view: memoryview) -> Any:
     """Return whose memory a memoryview shows; None if it was released."""
-    return _read(vars(memoryview)["obj"], view)
+    return _read(_OF_VIEW, view)
 
 
 def _open_memoryview(value: Any) -> Opened:
-    return getsizeof(value), [(Fields, Fields((vars(memoryview)["obj"],), value))]
+    return getsizeof(value), [(Fields, Fields((_OF_VIEW,), value))]
 
 
 def _open_array(value: Any) -> Opened:
