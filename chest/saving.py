@@ -203,7 +203,7 @@ class Saving(Loading):
                 saved = [key for key in saved if self.inmem.get(key) is values[key]]
             if self._as_loaded:
                 deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
-            deque(map(self.dirty.pop, saved, repeat(None)), maxlen=0)
+            deque(map(self.dirty.pop, saved), maxlen=0)
             if not self.dirty:
                 self.dirty.clear()  # a dict that was large takes long to be looked through
             store.tidy()
