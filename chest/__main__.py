@@ -12,6 +12,7 @@ from typing import Any
 
 from chest import __version__
 from chest.errors import ChestError, CorruptIndexError, CorruptValueError
+from chest.frames import log_size
 from chest.ledger import UNSAVED
 from chest.options import absolute, looking
 from chest.outside import adopt, open_outside, trusting
@@ -49,13 +50,14 @@ def _facts(reading: Reading) -> Iterator[tuple[str, str]]:
     packed, alive = directory.size(packs), sum(ledger.packs.values())
     hidden = f", {len(ledger.unreadable):,} of which need a class" * bool(ledger.unreadable)
     waste = f", {max(packed - alive, 0) / packed:.0%} waste" if packed else ""
-    history = 1 - len(lengths) / ledger.records if ledger.records else 0
+    size = os.path.getsize(directory.index)
+    history = max(1 - log_size(ledger.snapshot()) / size, 0) if size else 0
     yield "chest", directory.path
     yield "keys", f"{len(lengths):,}{hidden}"
     yield "values", f"{sum(lengths):,} bytes"
     yield "files", f"{len(files):,}, {directory.size(files):,} bytes"
     yield "packs", f"{len(packs):,}, {packed:,} bytes{waste}"
-    yield "index", f"{os.path.getsize(directory.index):,} bytes, {history:.0%} waste"
+    yield "index", f"{size:,} bytes, {history:.0%} waste"
     yield "serializer", ", ".join(ledger.serializers) or reading.serializer.name
     yield "format", "0.2.3" if reading.index.foreign else "1"
 

@@ -13,7 +13,7 @@ No payload is empty, so that a hole, which reads as zeros, is no frame.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from io import FileIO
 from zlib import crc32
 
@@ -89,6 +89,11 @@ def _read(file: FileIO, start: int, end: int) -> bytes:
         parts.append(part)
         start += len(part)
     return b"".join(parts)
+
+
+def log_size(payloads: Collection[bytes]) -> int:
+    """Return how many bytes a log of `payloads` alone has."""
+    return HEAD + FRAME_HEAD * len(payloads) + sum(map(len, payloads))
 
 
 def write_log(path: str, payloads: list[bytes], *, fsync: bool) -> None:

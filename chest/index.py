@@ -427,6 +427,11 @@ class Index:
         _holders.discard(self._entry)
         self._entry = NOBODY
 
+    @property
+    def length(self) -> int:
+        """How many bytes of the file are committed, as of the last look."""
+        return self._read_to
+
     def rewind(self) -> None:
         """Make the next `refresh` read everything again."""
         self._fresh = True

@@ -39,6 +39,9 @@ from chest.filenames import pack_number
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
 FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
+FRAME = 45  # bytes of a frame beside its records; as many again of a block of values
+RECORD = 20  # bytes of a record beside its key, and the name of its file
+LONG = 70  # bytes of a record; where they are longer, one may have the bytes of many
 
 logger = logging.getLogger("chest")
 
@@ -56,9 +59,8 @@ class Ledger:
     rows : dict
         Every key, in order, with its row, or with ``~serial`` as long as no commit holds its
         value; replaced as a whole when cleared.
-    records : int
-        How many records the frames held; where it is far above ``len(rows)`` the log wants
-        compacting.
+    needed : float
+        About how many bytes of the log record what is alive; too few rather than too many.
     serializers : dict of str to (bool or None)
         The serializers that wrote values, and whether each writes text.
     obsolete : list of Entry
@@ -79,7 +81,7 @@ class Ledger:
     def __init__(self, trusted: bool) -> None:
         self.trusted = trusted
         self.rows: dict[Any, int] = {}
-        self.records = 0
+        self.needed = 0.0
         self.serializers: dict[str, bool | None] = {}
         self.obsolete: list[Entry] = []
         self.folded: set[str] = set()
@@ -290,19 +292,44 @@ class Ledger:
     def _pack_and_place(self, item: tuple[Any, int]) -> tuple[str, int]:
         return self._pack_of(item[1]), self._places[item[1]]
 
-    def committed(self, blocks: Iterable[Puts], serializer: tuple[str, bool | None]) -> None:
-        """Take in the chest's own commit, which `encode` has recorded."""
-        gone = [*self._deleted.values(), *(self._cleared or {}).values()]
+    def committed(
+        self,
+        blocks: Iterable[Puts],
+        serializer: tuple[str, bool | None],
+        payloads: Sequence[bytes],
+    ) -> None:
+        """Take in the chest's own commit, which `encode` has recorded in `payloads`."""
+        base, replaced = len(self._files), 0
+        deleted, cleared = [*self._deleted.values()], [*(self._cleared or {}).values()]
         if self._cleared is not None:
-            gone += self.unreadable.values()
+            cleared += self.unreadable.values()
             self.unreadable = {}
-        self.records += len(self._deleted)
+            self.needed = 0.0
         self._deleted, self._cleared = {}, None
         for puts in blocks:
             rows = self._add_rows(puts, array("Q", self._serials_of(puts.keys)))
-            self._replace(puts.keys, rows)
-        self._retire(gone)
+            replaced += self._replace(puts.keys, rows)
+        names = self._retire(deleted)
+        self._retire(cleared)
         self.serializers[serializer[0]] = serializer[1]
+        self._weigh(payloads, len(self._files) - base, replaced, len(deleted), names)
+
+    def _weigh(
+        self, payloads: Sequence[bytes], put: int, replaced: int, deleted: int, names: int
+    ) -> None:
+        """Take note of what frames did to the number of bytes that are needed.
+
+        The keys are taken to be of one length, or where they are long, the dead ones to have all
+        the bytes. `names` are the bytes in the names of files that were deleted.
+        """
+        if not (records := put + deleted):
+            return
+        nbytes = sum(map(len, payloads)) - FRAME * (1 + bool(put)) * len(payloads)
+        each = (nbytes + RECORD * deleted) / records  # what deletes a key holds that alone
+        more = each * (put - replaced - deleted) - names
+        if replaced + deleted and each > LONG:
+            more = min(more, -nbytes if deleted else 0)
+        self.needed = max(self.needed + more, 0)
 
     def _add_rows(self, puts: Puts, serials: array[int]) -> range:
         """Add rows; return their numbers."""
@@ -317,7 +344,6 @@ class Ledger:
         self._lengths.extend(puts.lengths)
         self._digests.extend(puts.digests)
         self._serials += serials
-        self.records += n
         return range(base, base + n)
 
     def _fill(self, pack: str, lengths: Iterable[int]) -> None:
@@ -339,6 +365,7 @@ class Ledger:
             If the payload is not a frame's.
         """
         frame = decode(payload, trusted=self.trusted)
+        base = len(self._files)
         self._apply_head(frame)
         if frame.first:  # what earlier commits deleted, too, may come back as a new key
             self._deleted = {key: row for key, row in self._deleted.items() if row >= 0}
@@ -348,19 +375,19 @@ class Ledger:
             self._delete_all(self._cleared)
             self._cleared = None
         deleted, unread = self._read_keys(frame.deleted)
+        names = self._retire(self.unreadable.pop(data, UNSAVED) for data in unread)
         for key in deleted:
             if key in self._deleted:  # stays deleted, whatever becomes of it there
-                self._retire([self._deleted[key]])
+                names += self._retire([self._deleted[key]])
                 self._deleted[key] = UNSAVED
             row = self.rows.get(key, UNSAVED)
             if row >= 0:
                 self._tell([(key, row)])
                 del self.rows[key]
-                self._retire([row])
-        self._retire(self.unreadable.pop(data, UNSAVED) for data in unread)
-        self.records += len(deleted)
-        for columns in frame.blocks:
-            self._put(columns)
+                names += self._retire([row])
+        replaced = sum(map(self._put, frame.blocks))
+        put, gone = len(self._files) - base, len(deleted) + len(unread)
+        self._weigh([payload], put, replaced, gone, names)
 
     def _tell(self, rows: Iterable[tuple[Any, int]]) -> None:
         """Note that keys are about to be replaced or deleted, before an interrupt can come."""
@@ -385,6 +412,7 @@ class Ledger:
         self._delete_all(self._cleared or {})
         self._deleted = dict.fromkeys(self._deleted, UNSAVED)
         self._cleared, self.unreadable = None, {}
+        self.needed = 0.0
         self.rows = dict(self._unsaved())
 
     def inherit(self, old: Ledger) -> None:
@@ -408,9 +436,9 @@ class Ledger:
                 self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
 
-    def _retire(self, rows: Iterable[int]) -> None:
-        """Take note that the values of these rows are needed no more."""
-        files, packs = self._files, self.packs
+    def _retire(self, rows: Iterable[int]) -> int:
+        """Take note that values are needed no more; return the bytes in the names of files."""
+        names, files, packs = 0, self._files, self.packs
         for row in rows:
             if row < 0:
                 continue
@@ -421,10 +449,12 @@ class Ledger:
             else:
                 self.obsolete.append(self.entry(row))
                 self.folded.discard(file.lower())
+                names += len(file)
+        return names
 
-    def _put(self, block: Block) -> None:
-        """Add the rows of a block."""
-        base = len(self._files)
+    def _put(self, block: Block) -> int:
+        """Add the rows of a block; return how many records that made history."""
+        base, unreadable = len(self._files), len(self.unreadable)
         self._note_order(block.serials)
         if block.pack is None:
             self._note_capitals(block.files)
@@ -435,28 +465,37 @@ class Ledger:
         self._lengths += block.lengths
         self._digests += block.digests
         self._serials.extend(block.serials)
-        self.records += len(block.files)
         keys, rows = self._block_keys(block, base)
+        replaced = len(block.files) - len(keys) - (len(self.unreadable) - unreadable)
         if not self._deleted:  # keys that are there keep their old rows as yet
             n = len(self.rows)
             deque(map(self.rows.setdefault, keys, rows), maxlen=0)
             if len(self.rows) == n + len(keys):
-                return
+                return replaced
         if len({*keys}) != len(keys):
             raise FrameError("it has a key twice")
         again = {key for key in self._deleted if key in self.rows}  # and then set here
-        self._replace(keys, rows, tell=True)
+        replaced += self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():
-            self._retire([self._deleted.pop(key)])
+            row = self._deleted.pop(key)
+            self._retire([row])
+            replaced += row >= 0
             if key not in again:  # deleted here: stays so
                 self._deleted[key] = self.rows.pop(key)
+        return replaced
 
-    def _replace(self, keys: list[Hashable], rows: Sequence[int], *, tell: bool = False) -> None:
-        """Let keys lead to new rows; with `tell`, note what was there before as changed."""
+    def _replace(self, keys: list[Hashable], rows: Sequence[int], *, tell: bool = False) -> int:
+        """Let keys lead to new rows; with `tell`, note what was there before as changed.
+
+        Returns
+        -------
+        int
+            How many of them led to a row.
+        """
         before = [*map(self.rows.get, keys, repeat(UNSAVED))]
         if max(before, default=UNSAVED) < 0:
             self.rows.update(zip(keys, rows, strict=True))
-            return
+            return 0
         digests = self._digests
         if tell:  # a value that was only moved did not change
             old = zip(keys, before, rows, strict=True)
@@ -465,6 +504,7 @@ class Ledger:
         files, packs = self._files, self.packs
         pairs = [(b, n) for b, n in zip(before, rows, strict=True) if b >= 0 and b != n]
         self._retire(b for b, n in pairs if files[b] in packs or files[b] != files[n])
+        return len(pairs)
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Sequence[int]]:
         plain, pickled = block.keys

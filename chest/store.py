@@ -192,7 +192,7 @@ class Store(Upkeep):
                 raise told(error, self.index.path, needed) from error
             raise
         try:
-            self.ledger.committed(plan.puts, serializer)
+            self.ledger.committed(plan.puts, serializer, payloads)
             if not joins:
                 self.index.acknowledge()
         except BaseException:

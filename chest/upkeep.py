@@ -14,7 +14,7 @@ from chest.directory import INDEX
 from chest.errors import KeyTypeError, locating, told
 from chest.filenames import digest_name, is_safe_filename, pack_number
 from chest.files import is_there, own_size
-from chest.frames import HEAD, frame
+from chest.frames import log_size
 from chest.ledger import Ledger
 from chest.options import Options
 from chest.reading import Reading
@@ -23,8 +23,7 @@ from chest.staging import Batch
 
 logger = logging.getLogger("chest")
 
-COMPACT_RECORDS = 1000  # a log of fewer dead records is not worth a new one
-FRAME_RECORDS = 4  # the head of a frame takes as much of the log as so many short records
+COMPACT_BYTES = 64 << 10  # a log of fewer bytes is not worth a new one
 WASTE = 64 << 20  # bytes by which the dead in packs may exceed the living
 COPIED = 4096  # values that are copied at a time
 
@@ -42,7 +41,7 @@ class Upkeep(Reading, ABC):
     ) -> None:
         self._swept_staging = False
         self._unsure: list[Entry] = []  # left files of which nobody could tell whose they are
-        self._compact_from = COMPACT_RECORDS
+        self._compact_from = COMPACT_BYTES
         self._tolerated = 0  # bytes retired from packs before waste is looked for
         super().__init__(path, serializer, options, reopen=reopen)
 
@@ -196,7 +195,7 @@ class Upkeep(Reading, ABC):
 
     def _shorten_log(self) -> None:
         payloads = self.ledger.snapshot()
-        if HEAD + sum(map(len, map(frame, payloads))) < self.directory.size([INDEX]):
+        if log_size(payloads) < self.directory.size([INDEX]):
             self._replace_index(payloads)
             self.catch_up()
 
@@ -243,7 +242,7 @@ class Upkeep(Reading, ABC):
         try:
             self.index.replace(payloads, scratch)
         except OSError as error:
-            raise told(error, self.index.path, HEAD + sum(map(len, payloads))) from error
+            raise told(error, self.index.path, log_size(payloads)) from error
         finally:
             self.directory.remove_staged([scratch])
 
@@ -267,16 +266,19 @@ class Upkeep(Reading, ABC):
         raise AssertionError("there is always another number")
 
     def _compact_if_due(self) -> None:
-        ledger = self.ledger
-        alive = len(ledger.rows) + len(ledger.unreadable)
-        dead = ledger.records + FRAME_RECORDS * self.index.frames - alive
-        if dead < max(alive, self._compact_from):
+        """Write the log anew where what is alive takes less than half of it."""
+        ledger, size = self.ledger, self.index.length
+        if size < max(2 * ledger.needed, self._compact_from):
+            return
+        payloads = ledger.snapshot()
+        ledger.needed = log_size(payloads)
+        if 4 * ledger.needed > 3 * size:
             return
         try:
-            self._replace_index(ledger.snapshot())
+            self._replace_index(payloads)
         except OSError as error:
             logger.warning("the index %s could not be compacted: %s", self.index.path, error)
-            self._compact_from = 2 * dead
+            self._compact_from = 2 * size
         else:
             self.catch_up()
-            self._compact_from = COMPACT_RECORDS
+            self._compact_from = COMPACT_BYTES

@@ -19,9 +19,9 @@ def test_a_flush_writes_those_of_many_values_that_changed_in_place(path, n):
         values["k0"].append("x")  # resident, so it is the same list
         values[f"k{n - 1}"].append("y")
         c.inmem["array"][5] = 1
-        before = c._memory.ledger.records
+        before = c._memory.meter.writes
         c.flush()
-        assert c._memory.ledger.records - before == len({"k0", f"k{n - 1}", "array"})
+        assert c._memory.meter.writes - before == len({"k0", f"k{n - 1}", "array"})
         c._check()
     with Chest(path=path) as c:
         assert c["array"][5] == 1

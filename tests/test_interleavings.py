@@ -1503,7 +1503,7 @@ def run_together(*acts):
 @pytest.fixture
 def hostile(monkeypatch):
     """Let threads take turns as often as they can, and the index be compacted all the time."""
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 30)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 3000)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield

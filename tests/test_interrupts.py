@@ -1105,7 +1105,7 @@ def test_the_points_are_those_where_a_signal_raises():
 @pytest.fixture(autouse=True)
 def _small_log(monkeypatch):
     """Let the index be compacted often, and temporary chests be where the story wants them."""
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 5)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 500)
     monkeypatch.setattr(tempfile, "tempdir", tempfile.gettempdir())
     monkeypatch.setattr(os, "fsync", os.fstat)  # as good to be interrupted at, and faster
     logging.getLogger("chest").setLevel(logging.CRITICAL)

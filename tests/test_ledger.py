@@ -15,6 +15,7 @@ import pytest
 
 import chest.ledger
 from chest.columns import Entry, FrameError, Puts, decode, encode
+from chest.frames import log_size
 from chest.ledger import UNSAVED, Ledger
 
 PICKLE = ("pickle", None)
@@ -60,7 +61,7 @@ class Log:
                 if key not in ledger.rows:
                     ledger.add(key)
         payloads = ledger.encode(blocks, PICKLE)
-        ledger.committed(blocks, PICKLE)
+        ledger.committed(blocks, PICKLE, payloads)
         ledger.check()
         self.payloads += payloads
         return payloads
@@ -646,13 +647,37 @@ def test_a_snapshot_holds_the_committed_state_and_nothing_of_the_past(log):
         log.commit(ledger, ["a", "b"], digest=n)
     ledger.delete("b")
     log.commit(ledger, ["c"])
-    before = ledger.records
+    before = log_size(log.payloads)
     log.payloads = ledger.snapshot()
     snapshot = log.open()
     assert entries(snapshot) == entries(ledger)
-    assert (before, snapshot.records) == (102, 2)
+    assert log_size(log.payloads) < before / 20
     assert snapshot.serializers == {"pickle": None}
     assert snapshot.obsolete == ledger.obsolete
+
+
+def deal(log, ledger, chance):
+    """Put keys, new and old ones, and delete others, all of one length; return the payloads."""
+    some = [f"{chance.randrange(2000):04}" for _ in range(chance.choice([1, 50, 300]))]
+    for key in ledger.rows.keys() & some[::3]:
+        ledger.delete(key)
+    if chance.random() < 0.02:
+        ledger.clear()
+    put = dict.fromkeys(key for n, key in enumerate(some) if n % 3 or chance.random() < 0.3)
+    return log.commit(ledger, (), *[log.packed(put, chance.choice([P1, P2]))] if put else ())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_everybody_knows_about_how_many_bytes_of_the_log_are_needed(log, seed):
+    chance = random.Random(seed)
+    ledger, other = log.open(), log.open()
+    for _ in range(200):
+        for payload in deal(log, ledger, chance):
+            other.apply(payload)
+        assert other.needed == pytest.approx(ledger.needed)
+        exact = log_size(ledger.snapshot())
+        assert 0.6 * exact - 500 < ledger.needed < 1.1 * exact + 500
+    assert log.open().needed == pytest.approx(ledger.needed)
 
 
 def test_a_snapshot_tells_nothing_that_is_pending(log):

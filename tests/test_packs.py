@@ -120,7 +120,7 @@ def tight(monkeypatch):
     """Let little waste be too much, and little be many; packs hold 3000 bytes."""
     monkeypatch.setattr(chest.upkeep, "WASTE", 2000)
     monkeypatch.setattr(chest.upkeep, "COPIED", 50)
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 100)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 3000)
     monkeypatch.setattr(chest.saving, "STEP", 16)
     monkeypatch.setattr(chest.staging, "STREAM_BYTES", 1000)
     for module in (chest.staging, chest.store):
@@ -737,7 +737,7 @@ def act(c, expected, rnd):
 def test_whatever_is_done_the_books_are_right_and_the_packs_small(path, tight, monkeypatch, seed):
     monkeypatch.setattr(chest.saving, "MANY", 8)
     monkeypatch.setattr(chest.ledger, "FRAME_KEYS", 10)
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 30)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 3000)
     rnd = random.Random(seed)
     expected = {}
     handles = [Chest(path=path, available_memory=budget) for budget in (3000, 1e9)]
@@ -1221,7 +1221,7 @@ def test_a_pack_name_that_is_used_again_is_noticed(path, how, readonly):
 
 
 def test_a_value_that_is_only_moved_stays_in_memory(path, tight, monkeypatch):
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 10_000)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 1 << 30)
     with Chest({f"k{n}": [n] for n in range(100)}, path=path) as c, Chest(path=path) as other:
         c.flush()
         value, text = other["k5"], other.setdefault("text", "x" * 10)

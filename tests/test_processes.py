@@ -1182,7 +1182,7 @@ def test_a_change_in_place_outlives_what_another_process_committed(path, elsewhe
 def test_a_compacted_index_is_found_by_who_had_the_old_one_open(
     path, elsewhere, monkeypatch, waiting
 ):
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 0)
     with Chest({"x": [-1]}, path) as c, Chest(path=path) as d:
         c.flush()
         assert d["x"] == [-1]
@@ -1209,7 +1209,7 @@ def test_a_compacted_index_is_found_by_who_had_the_old_one_open(
 @needs_fork
 def test_readers_never_see_anything_torn_or_older_while_others_overwrite(path, monkeypatch):
     """Two overwrite and compact all the time, with much and with no memory; three read."""
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 10)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 1000)
     rounds = 90
 
     def write(name, available):
@@ -1340,7 +1340,7 @@ def test_who_waits_for_long_is_told_of_it_with_the_path(path, elsewhere, monkeyp
 @needs_fork
 def test_nobody_waits_at_a_file_that_a_compaction_replaced(path, monkeypatch):
     """Also when a child, forked between the replacement and the closing, has the old file open."""
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 0)
     waits = threading.Event()
     done, forks = [], []
     try_lock, replace = chest.index.Index._try_lock, os.replace
@@ -1540,7 +1540,7 @@ def compact(c):
     c.update(x=[1], new=[1])
     c["a", "b"] = [1]
     del c["old"]
-    chest.upkeep.COMPACT_RECORDS = 0
+    chest.upkeep.COMPACT_BYTES = 0
     c._memory.store._compact_from = 0
     c.flush()
 
@@ -1661,7 +1661,7 @@ def test_a_child_that_lives_on_keeps_no_lock_of_a_parent_that_was_killed(fresh, 
 @needs_fork
 def test_a_child_forked_in_a_compaction_has_no_lock_of_the_new_index(path, monkeypatch):
     """Its parent goes on for a while, and is killed before it unlocks."""
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 0)
     replace, adopt = os.replace, chest.index.Index._adopt
     read_end, write_end = os.pipe()
     ready_end, told_end = os.pipe()
@@ -1726,7 +1726,7 @@ def test_who_is_killed_while_it_makes_a_chest_is_in_nobodys_way(tmp_path):
 @needs_fork
 @pytest.mark.parametrize("compacted", [False, True])
 def test_what_another_process_dropped_is_empty_for_readers(path, elsewhere, monkeypatch, compacted):
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0 if compacted else 1000)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 0 if compacted else 100_000)
     with Chest(path=path, available_memory=0) as c:
         c["x"] = [1]
         other = elsewhere(path)
@@ -1942,7 +1942,7 @@ def test_a_new_chest_never_takes_the_place_of_another_one(path, monkeypatch):
 @needs_fork
 def test_dropping_and_opening_all_the_time_damages_nothing(path, monkeypatch):
     """Whatever goes wrong is a clear error; what a chest names is always there."""
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 5)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 500)
 
     def work(name):
         c = None
@@ -2296,7 +2296,7 @@ def test_nothing_committed_is_lost_or_seen_torn_while_processes_are_killed(
     seed = int(os.environ.get("CHEST_SEED") or random.randrange(10**6))
     print("CHEST_SEED =", seed)
     choice = random.Random(seed)
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 30)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 3000)
     errors = tmp_path / "errors"
     errors.mkdir()
     shared = Shared()
@@ -2367,7 +2367,7 @@ def _collected_when_told():
 @pytest.mark.usefixtures("_collected_when_told")
 @pytest.mark.parametrize("step", [(chest.index.Index, "_adopt"), (chest.store.Store, "commit")])
 def test_a_handle_that_is_collected_amid_another_ones_commit_is_saved(path, step, monkeypatch):
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 0)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 0)
     owner, name = step
     real = getattr(owner, name)
     with Chest({"x": [0]}, path) as c:

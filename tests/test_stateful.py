@@ -134,7 +134,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.patch = mock.patch.object(chest.upkeep, "COMPACT_RECORDS", 10)
+        self.patch = mock.patch.object(chest.upkeep, "COMPACT_BYTES", 1000)
         self.patch.start()
         self.folder = tempfile.TemporaryDirectory()
         self.model = {}
@@ -463,7 +463,7 @@ class ConflictMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.patch = mock.patch.object(chest.upkeep, "COMPACT_RECORDS", 10)
+        self.patch = mock.patch.object(chest.upkeep, "COMPACT_BYTES", 1000)
         self.patch.start()
         self.folder = tempfile.TemporaryDirectory()
         path = os.path.join(self.folder.name, "chest")

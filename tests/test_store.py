@@ -25,6 +25,7 @@ import chest.upkeep
 from chest import Chest, CorruptIndexError, CorruptValueError, ReadOnlyError, UnsavedError
 from chest.columns import Entry, Puts, encode
 from chest.directory import Directory
+from chest.frames import log_size
 from chest.index import MAGIC, Index, encode_length, frame
 from chest.ledger import Ledger
 from chest.serialize import Serializer
@@ -88,7 +89,7 @@ def read_back(path, **options):
 def compact(c):
     """Commit until the index has been compacted."""
     before = os.stat(keys_file(c.path)).st_ino
-    for n in range(3 * (len(c) + chest.upkeep.COMPACT_RECORDS)):
+    for n in range(3 * len(c) + chest.upkeep.COMPACT_BYTES // 30):
         c["filler"] = n
         c.flush()
         if os.stat(keys_file(c.path)).st_ino != before:
@@ -99,7 +100,7 @@ def compact(c):
 @pytest.fixture
 def often(monkeypatch):
     """Let indexes be compacted often."""
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 4)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 400)
 
 
 # -- a crash at any step --------------------------------------------------------------------------
@@ -825,6 +826,83 @@ def test_an_index_of_many_frames_is_compacted_though_every_record_lives(path):
     assert read_back(path) == keys
 
 
+LONG = "x" * 20_000
+
+
+def set_and_delete(c, n):
+    c[n, LONG] = c.pop((n - 1, LONG), 1)
+    c.flush()
+    del c[n, LONG]
+
+
+def overwrite_among_new_ones(c, n):
+    c[LONG] = n
+    c.update({(n, j): j for j in range(20)})
+
+
+def delete_as_another_is_set(c, n):
+    c[n, LONG] = 1
+    c.flush()
+    del c[n, LONG]
+    c[n] = 1
+
+
+def delete_many_long_ones(c, n):
+    if n == 0:
+        c.update({(m, LONG): m for m in range(150)})
+    elif n <= 150:
+        del c[n - 1, LONG]
+
+
+def delete_all_but_some(c, n):
+    for m in range(10 * n, 10 * n + 10):
+        c.pop(f"k{m}", None)
+
+
+def delete_files(c, n):
+    if n == 0:
+        c.update({f"one in a file of its own, {m}": bytes(5000) for m in range(150)})
+    elif n <= 150:
+        del c[f"one in a file of its own, {n - 1}"]
+
+
+def keep_the_newest(c, n):
+    c[f"k{3000 + n}"] = n
+    del c[f"k{n}"]
+
+
+def overwrite(c, n):
+    c[f"k{n % 50}"] = n
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        set_and_delete,
+        overwrite_among_new_ones,
+        delete_as_another_is_set,
+        delete_many_long_ones,
+        delete_all_but_some,
+        delete_files,
+        keep_the_newest,
+        overwrite,
+    ],
+)
+def test_the_index_takes_at_most_twice_what_its_keys_need(path, act, monkeypatch):
+    floor = 20_000
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", floor)
+    with Chest({f"k{n}": n for n in range(3000)}, path=path) as c, Chest(path=path) as other:
+        c.flush()
+        for n in range(200):
+            act(c, n)
+            c.flush()
+            if n % 5 == 0:
+                needed = log_size(c._memory.ledger.snapshot())
+                assert os.path.getsize(keys_file(path)) <= max(2 * needed, floor)
+        c._check()
+        assert dict(other) == dict(c)
+
+
 def test_an_index_of_living_records_is_not_compacted(path, often):
     with Chest(path=path) as c:
         c.update(zip(range(40), range(40), strict=True))
@@ -1108,7 +1186,7 @@ class HoldingChest(Chest):
 @pytest.mark.parametrize("there", REPLACED + GONE)
 @pytest.mark.parametrize("here", CLEAN + CHANGED + DIRTY + DELETED)
 def test_a_key_that_two_handles_changed(path, monkeypatch, here, there, how):
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 4)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 400)
     with HoldingChest({"k": {"old"}, "l": {1}}, path=path) as c, Chest(path=path) as other:
         c.flush()
         other["k"]

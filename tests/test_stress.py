@@ -30,7 +30,7 @@ COUNTS = 60  # of each thread
 @pytest.fixture(autouse=True)
 def _hostile(monkeypatch):
     """Let threads take turns as often as they can, and the index be compacted all the time."""
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 30)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 3000)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     logging.getLogger("chest").setLevel(logging.ERROR)

@@ -101,7 +101,7 @@ def options(request):
 @pytest.fixture
 def often(monkeypatch):
     """Let indexes be compacted often."""
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", 4)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 400)
 
 
 @pytest.fixture
@@ -2192,8 +2192,8 @@ class TransactionMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.patches = ExitStack()
-        for owner, name in ((chest.upkeep, "COMPACT_RECORDS"), (chest.ledger, "FRAME_KEYS")):
-            few = 12 if name == "COMPACT_RECORDS" else 2
+        for owner, name in ((chest.upkeep, "COMPACT_BYTES"), (chest.ledger, "FRAME_KEYS")):
+            few = 1000 if name == "COMPACT_BYTES" else 2
             self.patches.enter_context(mock.patch.object(owner, name, few))
         self.folder = tempfile.TemporaryDirectory()
         self.path = os.path.join(self.folder.name, "chest")

@@ -85,7 +85,7 @@ def packs(path):
 def history(path):
     """Transactions, one of them taken back, and compactions of packs and of the index."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chest.upkeep, "COMPACT_RECORDS", 40)
+        patch.setattr(chest.upkeep, "COMPACT_BYTES", 2000)
         patch.setattr(chest.upkeep, "WASTE", 100)
         with Chest(path=path) as c:
             for turn in range(4):

@@ -553,7 +553,7 @@ def test_files_of_others_stay_whatever_the_chest_does(path, outside):
     makers = [make_file, pipe, link_out, link_to_nothing]
     theirs = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("chest.upkeep.COMPACT_RECORDS", 20)
+        patch.setattr("chest.upkeep.COMPACT_BYTES", 2000)
         patch.setattr("chest.upkeep.WASTE", 1000)
         expected = {}
         c = Chest(path=path)

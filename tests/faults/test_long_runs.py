@@ -3,7 +3,7 @@
 Proved, by looking at it again and again on the way: the descriptors and threads are those of the
 beginning; the memory is what it was in the first half; value files take the bytes of the values;
 packs take at most twice the bytes of what lies in them plus twice `chest.upkeep.WASTE`, and
-``.keys`` at most twice what its keys need plus what `chest.upkeep.COMPACT_RECORDS` records take.
+``.keys`` at most twice what its keys need, or `chest.upkeep.COMPACT_BYTES`, and one commit.
 And the values are right.
 
 The figures are printed. ``CHEST_FAULTS=all`` takes a million operations in all.
@@ -29,8 +29,8 @@ from chest import Chest
 FACTOR = 50 if FULL else 0.5
 LOOKS = 16
 WASTE = 5_000  # bytes
-RECORDS = 200
-RECORD = 400  # bytes that a record takes in .keys, in a commit of its own
+COMPACT_BYTES = 20_000
+COMMIT = 10_000  # bytes that one takes in .keys
 ROOM = 200_000  # bytes by which the memory of the second half may exceed that of the first
 SMALL = [("s", n) for n in range(150)]
 ALONE = [f"f{n}" for n in range(12)]
@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.repeats, pytest.mark.timeout(7200 if FULL else 300)]
 @pytest.fixture(autouse=True)
 def _often(monkeypatch):
     monkeypatch.setattr(chest.upkeep, "WASTE", WASTE)
-    monkeypatch.setattr(chest.upkeep, "COMPACT_RECORDS", RECORDS)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", COMPACT_BYTES)
 
 
 def value(key, chance):
@@ -126,7 +126,7 @@ class Gauge:
         live = sum(entry.length for entry in entries if entry.file in ledger.packs)
         assert packs <= 2 * live + 2 * WASTE
         assert sum(sizes.values()) == sum(entry.length for entry in entries) - live
-        assert keys <= 2 * needed + RECORDS * RECORD
+        assert keys <= max(2 * needed, COMPACT_BYTES) + COMMIT
         self.packs.append((packs, live))
         self.keys.append((keys, needed))
 

@@ -25,7 +25,7 @@ AGES_AGO = (0, 0)
 
 # So that a little work compacts the index and the packs, and fills and stages packs.
 _small = [
-    (chest.upkeep, "COMPACT_RECORDS", 30),
+    (chest.upkeep, "COMPACT_BYTES", 3000),
     (chest.upkeep, "WASTE", 2000),
     (chest.staging, "STREAM_BYTES", 10_000),
     (chest.saving, "STREAM_BYTES", 10_000),
