@@ -675,9 +675,50 @@ def test_everybody_knows_about_how_many_bytes_of_the_log_are_needed(log, seed):
         for payload in deal(log, ledger, chance):
             other.apply(payload)
         assert other.needed == pytest.approx(ledger.needed)
-        exact = log_size(ledger.snapshot())
-        assert 0.6 * exact - 500 < ledger.needed < 1.1 * exact + 500
+        assert is_about_right(ledger)
     assert log.open().needed == pytest.approx(ledger.needed)
+
+
+def is_about_right(ledger):
+    exact = log_size(ledger.snapshot())
+    return 0.6 * exact - 500 < ledger.needed < 1.1 * exact + 500
+
+
+def test_the_names_of_deleted_files_are_needed_no_more(log):
+    ledger, other = log.open(), log.open()
+    keys = range(300)
+    log.commit(ledger, (), log.packed(range(1000, 4000)))
+    named = Puts.of({key: Entry(f"{key:0200}", 0, 10, 1) for key in keys})
+    log.commit(ledger, (), named)
+    for key in keys:
+        ledger.delete(key)
+    log.commit(ledger)
+    apply(other, log.payloads)
+    ledger.obsolete, other.obsolete = [], []  # the files have been removed
+    assert is_about_right(ledger)
+    assert is_about_right(other)
+
+
+def test_keys_that_are_deleted_here_as_others_set_them_again_are_counted_once(log):
+    ledger, other = log.open(), log.open()
+    log.commit(ledger, (), log.packed(range(300)))
+    apply(other, log.payloads)
+    for _ in range(5):
+        for key in [*other.rows]:
+            other.delete(key)
+        apply(other, log.commit(ledger, (), log.packed(range(300))))
+    assert is_about_right(ledger)
+    assert is_about_right(other)
+
+
+def test_keys_that_nobody_can_read_here_are_counted_once(log):
+    ledger, other = log.open(), Ledger(trusted=False)
+    days = [dt.date(2000, 1, 1) + dt.timedelta(n) for n in range(300)]
+    for _ in range(5):
+        log.commit(ledger, (), log.packed(days))
+    apply(other, log.payloads)
+    assert len(other.unreadable) == 300
+    assert is_about_right(other)
 
 
 def test_a_snapshot_tells_nothing_that_is_pending(log):

@@ -903,6 +903,21 @@ def test_the_index_takes_at_most_twice_what_its_keys_need(path, act, monkeypatch
         assert dict(other) == dict(c)
 
 
+def test_what_is_needed_of_an_index_is_found_out_once(path, often, monkeypatch):
+    with Chest({f"k{n}": n for n in range(3000)}, path=path) as c:
+        c.flush()
+        before = os.stat(keys_file(path)).st_ino
+        ledger, measured = c._memory.ledger, []
+        real = ledger.snapshot
+        monkeypatch.setattr(ledger, "snapshot", lambda: measured.append(1) or real())
+        ledger.needed = 0.0  # an estimate that is wrong
+        for n in range(3):
+            c["another"] = n
+            c.flush()
+        assert os.stat(keys_file(path)).st_ino == before
+        assert len(measured) == 1
+
+
 def test_an_index_of_living_records_is_not_compacted(path, often):
     with Chest(path=path) as c:
         c.update(zip(range(40), range(40), strict=True))
