@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import numpy as np
@@ -30,8 +29,6 @@ def arrays(system_class, folder, count, size, seconds):
     system.flush()
     yield "write", (spent + clock() - start) / done, "s"
     system.close()
-    if hasattr(os, "sync"):
-        os.sync()  # else the first to read waits for the disk, which still writes
     order = list(range(done))
     for how in ("read in order", "read at random"):
         [spent] = apart([(read_back, (system_class, folder, budget, order, size, seconds))])
