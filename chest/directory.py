@@ -6,6 +6,7 @@ No file is ever written over, and only files that the index named are removed.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -17,7 +18,7 @@ from io import FileIO
 from itertools import count
 from typing import Any, TypeVar
 
-from chest.errors import CorruptIndexError, locating
+from chest.errors import CorruptIndexError, locating, say, show
 from chest.filenames import digest_name, is_safe_filename, pack_number, stays_inside
 from chest.files import is_there, starts_with
 
@@ -29,6 +30,8 @@ NAME_BYTES = 240  # in UTF-8; leaves room for what makes a name unique
 TRIES = 9
 
 F = TypeVar("F")
+
+logger = logging.getLogger("chest")
 
 _is_staging = re.compile(r"\.new-[0-9a-f]{16}-[0-9]+").fullmatch
 _staging: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -71,6 +74,7 @@ class Directory:
         self.path = path
         self.index = os.path.join(path, INDEX)
         self._namer = namer
+        self._namer_failed = False  # which is told of once
         self._token = secrets.token_hex(8)
         self._numbers = count()
         self._stuck: set[str] = set()  # staging files that could not be removed yet
@@ -108,7 +112,11 @@ class Directory:
         """Return the name that the file of `key` should have."""
         try:
             name = self._namer(key)
-        except Exception:  # noqa: BLE001 -- a user's function; a digest names it then
+        except Exception as error:  # noqa: BLE001 -- the user's function; no value is lost for it
+            if not self._namer_failed:
+                self._namer_failed = True
+                message = "a digest names the file of %s, as key_to_filename failed: %s"
+                logger.warning(message, show(key), say(error))
             return digest_name(key)
         if is_safe_filename(name) and len(name.rpartition("/")[2].encode()) <= NAME_BYTES:
             return name

@@ -128,14 +128,19 @@ def test_a_name_that_is_not_safe_is_replaced_by_a_digest(path, outside, name):
     assert tree(outside) == before
 
 
-def test_a_function_that_fails_to_name_a_key_loses_nothing(path):
+def test_a_function_that_fails_to_name_a_key_is_told_of_once_and_loses_nothing(path, caplog):
     def fail(key):
-        raise ZeroDivisionError
+        raise ZeroDivisionError("by nothing")
 
-    with Chest({"k": 1}, path=path, key_to_filename=fail) as c:
+    with Chest({"k": 1, "l": 2}, path=path, key_to_filename=fail) as c:
         c.flush()
-        assert names(path) == {digest_name("k")}
+        assert names(path) == {digest_name("k"), digest_name("l")}
         c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": 1, "l": 2}
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "'k'" in message
+    assert "ZeroDivisionError: by nothing" in message
 
 
 SAFE = ["x" * 240, "é" * 120, "a/b/c", "a b.txt", "Ünïcode/名前"]

@@ -58,9 +58,27 @@ def test_a_summary_tells_what_is_there(made, capsys, command):
     assert tree(made) == before
 
 
+def test_the_waste_of_the_index_is_what_compacting_it_frees(path, capsys):
+    with Chest({n: n for n in range(500)}, path=path) as c:
+        c.flush()
+        for n in range(300):
+            c[n] = -n
+            c.flush()
+    index = os.path.join(path, ".keys")
+    [line] = [line for line in said(capsys, path)[0].splitlines() if line.startswith("index")]
+    before = os.path.getsize(index)
+    said(capsys, "compact", path)
+    freed = 1 - os.path.getsize(index) / before
+    assert freed > 0.5
+    assert line.endswith(f" {before:,} bytes, {freed:.0%} waste")
+    assert " 0% waste" in said(capsys, path)[0].splitlines()[5]
+
+
 def test_a_summary_of_an_old_and_of_a_json_chest(path, tmp_path, capsys):
     test_old.make(path, [("x", "x")], {"x": 1})
-    assert "0.2.3" in said(capsys, path)[0]
+    out = said(capsys, path)[0]
+    assert "0.2.3" in out
+    assert " 0% waste" in out
     with Chest({"x": 1}, tmp_path / "json", **JSON):
         pass
     assert "json.dump" in said(capsys, str(tmp_path / "json"))[0]
