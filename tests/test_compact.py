@@ -32,7 +32,9 @@ def test_what_is_out_of_date_goes_and_the_bytes_are_told(path, options):
         before = nbytes(path)
         freed = c.compact()
         assert freed == before - nbytes(path) > 0
+        log = os.stat(os.path.join(path, ".keys")).st_ino
         assert c.compact() == 0
+        assert os.stat(os.path.join(path, ".keys")).st_ino == log, "it is written once"
         assert dict(c) == expected
         assert c.verify().ok
         c._check()

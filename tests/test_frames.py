@@ -12,6 +12,7 @@ from chest.frames import (
     decode_length,
     encode_length,
     frame,
+    log_size,
     read_frames,
     split_frames,
     write_log,
@@ -24,6 +25,7 @@ PAYLOADS = [b"one", b"two" * 50, b"x", b"three" * 7]
 def log(path):
     """A log of some frames, open."""
     write_log(path, PAYLOADS, fsync=False)
+    assert os.path.getsize(path) == log_size(PAYLOADS)
     with FileIO(path, "r+") as file:
         yield file
 
