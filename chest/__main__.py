@@ -38,12 +38,12 @@ def _info(args: Arguments) -> int:
     with open_outside(args.path) as (reading, faults):
         if not reading.ledger.serializers:
             adopt(reading)
-        for name, value in _facts(reading):
+        for name, value in _facts(reading, whole=not faults):
             print(f"{name:<11} {value}")
     return _tell_faults(faults)
 
 
-def _facts(reading: Reading) -> Iterator[tuple[str, str]]:
+def _facts(reading: Reading, *, whole: bool) -> Iterator[tuple[str, str]]:
     ledger, directory = reading.ledger, reading.directory
     lengths = [ledger.entry(row).length for _, row in committed(ledger)]
     packs, files = [*ledger.packs], ledger.files().difference(ledger.packs)
@@ -51,13 +51,13 @@ def _facts(reading: Reading) -> Iterator[tuple[str, str]]:
     hidden = f", {len(ledger.unreadable):,} of which need a class" * bool(ledger.unreadable)
     waste = f", {max(packed - alive, 0) / packed:.0%} waste" if packed else ""
     size = os.path.getsize(directory.index)
-    history = max(1 - log_size(ledger.snapshot()) / size, 0) if size else 0
+    history = max(1 - log_size(ledger.snapshot()) / size, 0) if whole else 0
     yield "chest", directory.path
     yield "keys", f"{len(lengths):,}{hidden}"
     yield "values", f"{sum(lengths):,} bytes"
     yield "files", f"{len(files):,}, {directory.size(files):,} bytes"
     yield "packs", f"{len(packs):,}, {packed:,} bytes{waste}"
-    yield "index", f"{size:,} bytes, {history:.0%} waste"
+    yield "index", f"{size:,} bytes" + f", {history:.0%} waste" * whole
     yield "serializer", ", ".join(ledger.serializers) or reading.serializer.name
     yield "format", "0.2.3" if reading.index.foreign else "1"
 

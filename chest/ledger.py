@@ -17,7 +17,7 @@ import pickle
 from array import array
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from itertools import groupby, repeat
+from itertools import filterfalse, groupby, repeat
 from typing import Any
 
 from chest.blocks import Steps, block
@@ -29,6 +29,7 @@ from chest.columns import (
     Keys,
     Puts,
     Unread,
+    all_plain,
     decode,
     encode,
     gather,
@@ -39,9 +40,10 @@ from chest.filenames import pack_number
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
 FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
-FRAME = 45  # bytes of a frame beside its records; as many again of a block of values
-RECORD = 20  # bytes of a record beside its key, and the name of its file
-LONG = 70  # bytes of a record; where they are longer, one may have the bytes of many
+FRAME = 85  # bytes of a frame beside its records, about
+RECORD = 28  # bytes of a record beside its key, and the name of its file
+PICKLED = 200  # bytes of a key that needs a class; more than most have
+FEW, SHORT = 16, 40  # so few records may take more bytes than that each would among many
 
 logger = logging.getLogger("chest")
 
@@ -59,8 +61,10 @@ class Ledger:
     rows : dict
         Every key, in order, with its row, or with ``~serial`` as long as no commit holds its
         value; replaced as a whole when cleared.
-    needed : float
+    needed : int
         About how many bytes of the log record what is alive; too few rather than too many.
+    gone : int
+        About how many bytes of it recorded what is no more alive; never less than before.
     serializers : dict of str to (bool or None)
         The serializers that wrote values, and whether each writes text.
     obsolete : list of Entry
@@ -81,7 +85,8 @@ class Ledger:
     def __init__(self, trusted: bool) -> None:
         self.trusted = trusted
         self.rows: dict[Any, int] = {}
-        self.needed = 0.0
+        self.needed = 0
+        self.gone = 0
         self.serializers: dict[str, bool | None] = {}
         self.obsolete: list[Entry] = []
         self.folded: set[str] = set()
@@ -299,37 +304,45 @@ class Ledger:
         payloads: Sequence[bytes],
     ) -> None:
         """Take in the chest's own commit, which `encode` has recorded in `payloads`."""
-        base, replaced = len(self._files), 0
-        deleted, cleared = [*self._deleted.values()], [*(self._cleared or {}).values()]
+        base, deleted = len(self._files), [*self._deleted]
+        gone = [*self._deleted.values(), *(self._cleared or {}).values()]
+        dead = self._nbytes(deleted, self._deleted.values())
         if self._cleared is not None:
-            cleared += self.unreadable.values()
+            gone += self.unreadable.values()
             self.unreadable = {}
-            self.needed = 0.0
+            dead += self.needed
         self._deleted, self._cleared = {}, None
         for puts in blocks:
             rows = self._add_rows(puts, array("Q", self._serials_of(puts.keys)))
-            replaced += self._replace(puts.keys, rows)
-        names = self._retire(deleted)
-        self._retire(cleared)
+            dead += self._replace(puts.keys, rows)
+        self._retire(gone)
         self.serializers[serializer[0]] = serializer[1]
-        self._weigh(payloads, len(self._files) - base, replaced, len(deleted), names)
+        self._weigh(payloads, len(self._files) - base, _nbytes_of(deleted), dead)
 
-    def _weigh(
-        self, payloads: Sequence[bytes], put: int, replaced: int, deleted: int, names: int
-    ) -> None:
+    def _weigh(self, payloads: Sequence[bytes], put: int, told: int, gone: int) -> None:
         """Take note of what frames did to the number of bytes that are needed.
 
-        The keys are taken to be of one length, or where they are long, the dead ones to have all
-        the bytes. `names` are the bytes in the names of files that were deleted.
+        Parameters
+        ----------
+        payloads : sequence of bytes
+        put : int
+            How many values they put.
+        told : int
+            Bytes of the keys that they delete.
+        gone : int
+            Bytes of earlier records that they make history.
         """
-        if not (records := put + deleted):
-            return
-        nbytes = sum(map(len, payloads)) - FRAME * (1 + bool(put)) * len(payloads)
-        each = (nbytes + RECORD * deleted) / records  # what deletes a key holds that alone
-        more = each * (put - replaced - deleted) - names
-        if replaced + deleted and each > LONG:
-            more = min(more, -nbytes if deleted else 0)
-        self.needed = max(self.needed + more, 0)
+        come = max(sum(map(len, payloads)) - FRAME * len(payloads) - told, 0)
+        if put < FEW:  # a frame of many may spell once what these spell each
+            come = min(come, SHORT * put)
+        self.needed = max(self.needed - gone, 0) + come
+        self.gone += gone
+
+    def _nbytes(self, keys: Sequence[Any], rows: Iterable[int]) -> int:
+        """Return how many bytes of the log record keys with these rows, or somewhat more."""
+        files = gather(self._files, [row for row in rows if row >= 0])
+        names = sum(map(len, filterfalse(self.packs.__contains__, files)))
+        return _nbytes_of(keys) + RECORD * len(keys) + names
 
     def _add_rows(self, puts: Puts, serials: array[int]) -> range:
         """Add rows; return their numbers."""
@@ -375,19 +388,22 @@ class Ledger:
             self._delete_all(self._cleared)
             self._cleared = None
         deleted, unread = self._read_keys(frame.deleted)
-        names = self._retire(self.unreadable.pop(data, UNSAVED) for data in unread)
+        told = _nbytes_of(deleted) + sum(map(len, unread))
+        rows = [self.rows.get(key, self._deleted.get(key, UNSAVED)) for key in deleted]
+        rows += [self.unreadable.pop(data, UNSAVED) for data in unread]
+        dead = self._nbytes([*deleted, *unread], rows)
+        self._retire(rows[len(deleted) :])
         for key in deleted:
             if key in self._deleted:  # stays deleted, whatever becomes of it there
-                names += self._retire([self._deleted[key]])
+                self._retire([self._deleted[key]])
                 self._deleted[key] = UNSAVED
             row = self.rows.get(key, UNSAVED)
             if row >= 0:
                 self._tell([(key, row)])
                 del self.rows[key]
-                names += self._retire([row])
-        replaced = sum(map(self._put, frame.blocks))
-        put, gone = len(self._files) - base, len(deleted) + len(unread)
-        self._weigh([payload], put, replaced, gone, names)
+                self._retire([row])
+        dead += sum(map(self._put, frame.blocks))
+        self._weigh([payload], len(self._files) - base, told, dead)
 
     def _tell(self, rows: Iterable[tuple[Any, int]]) -> None:
         """Note that keys are about to be replaced or deleted, before an interrupt can come."""
@@ -412,7 +428,7 @@ class Ledger:
         self._delete_all(self._cleared or {})
         self._deleted = dict.fromkeys(self._deleted, UNSAVED)
         self._cleared, self.unreadable = None, {}
-        self.needed = 0.0
+        self.gone, self.needed = self.gone + self.needed, 0
         self.rows = dict(self._unsaved())
 
     def inherit(self, old: Ledger) -> None:
@@ -436,9 +452,9 @@ class Ledger:
                 self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
 
-    def _retire(self, rows: Iterable[int]) -> int:
-        """Take note that values are needed no more; return the bytes in the names of files."""
-        names, files, packs = 0, self._files, self.packs
+    def _retire(self, rows: Iterable[int]) -> None:
+        """Take note that the values of these rows are needed no more."""
+        files, packs = self._files, self.packs
         for row in rows:
             if row < 0:
                 continue
@@ -449,12 +465,10 @@ class Ledger:
             else:
                 self.obsolete.append(self.entry(row))
                 self.folded.discard(file.lower())
-                names += len(file)
-        return names
 
     def _put(self, block: Block) -> int:
-        """Add the rows of a block; return how many records that made history."""
-        base, unreadable = len(self._files), len(self.unreadable)
+        """Add the rows of a block; return how many bytes of the log that made history."""
+        base = len(self._files)
         self._note_order(block.serials)
         if block.pack is None:
             self._note_capitals(block.files)
@@ -465,24 +479,25 @@ class Ledger:
         self._lengths += block.lengths
         self._digests += block.digests
         self._serials.extend(block.serials)
+        again = [*filter(self.unreadable.__contains__, block.keys.pickled)]
+        dead = self._nbytes(again, gather(self.unreadable, again))
         keys, rows = self._block_keys(block, base)
-        replaced = len(block.files) - len(keys) - (len(self.unreadable) - unreadable)
         if not self._deleted:  # keys that are there keep their old rows as yet
             n = len(self.rows)
             deque(map(self.rows.setdefault, keys, rows), maxlen=0)
             if len(self.rows) == n + len(keys):
-                return replaced
+                return dead
         if len({*keys}) != len(keys):
             raise FrameError("it has a key twice")
-        again = {key for key in self._deleted if key in self.rows}  # and then set here
-        replaced += self._replace(keys, rows, tell=True)
+        mine = {key for key in self._deleted if key in self.rows}  # and then set here
+        dead += self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():
             row = self._deleted.pop(key)
+            dead += self._nbytes([key], [row])
             self._retire([row])
-            replaced += row >= 0
-            if key not in again:  # deleted here: stays so
+            if key not in mine:  # deleted here: stays so
                 self._deleted[key] = self.rows.pop(key)
-        return replaced
+        return dead
 
     def _replace(self, keys: list[Hashable], rows: Sequence[int], *, tell: bool = False) -> int:
         """Let keys lead to new rows; with `tell`, note what was there before as changed.
@@ -490,7 +505,7 @@ class Ledger:
         Returns
         -------
         int
-            How many of them led to a row.
+            How many bytes of the log that made history.
         """
         before = [*map(self.rows.get, keys, repeat(UNSAVED))]
         if max(before, default=UNSAVED) < 0:
@@ -502,9 +517,11 @@ class Ledger:
             self._tell((k, b) for k, b, n in old if b >= 0 and digests[b] != digests[n])
         self.rows.update(zip(keys, rows, strict=True))
         files, packs = self._files, self.packs
-        pairs = [(b, n) for b, n in zip(before, rows, strict=True) if b >= 0 and b != n]
-        self._retire(b for b, n in pairs if files[b] in packs or files[b] != files[n])
-        return len(pairs)
+        triples = zip(keys, before, rows, strict=True)
+        pairs = {key: (b, n) for key, b, n in triples if b >= 0 and b != n}
+        dead = self._nbytes([*pairs], [b for b, _ in pairs.values()])
+        self._retire(b for b, n in pairs.values() if files[b] in packs or files[b] != files[n])
+        return dead
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Sequence[int]]:
         plain, pickled = block.keys
@@ -582,6 +599,11 @@ def _load_key(data: bytes, trusted: bool) -> Hashable:
     key: Hashable = pickle.loads(data)
     hash(key)
     return key
+
+
+def _nbytes_of(keys: Collection[Any]) -> int:
+    plain = keys if all_plain(keys) else [*filter(is_plain, keys)]
+    return len(pickle.dumps([*plain], 5)) + PICKLED * (len(keys) - len(plain)) if keys else 0
 
 
 def _in_batches(blocks: Iterable[tuple[list[int], Puts]]) -> Iterator[list[tuple[Any, Puts]]]:

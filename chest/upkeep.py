@@ -23,7 +23,7 @@ from chest.staging import Batch
 
 logger = logging.getLogger("chest")
 
-COMPACT_BYTES = 64 << 10  # a log of fewer bytes is not worth a new one
+COMPACT_BYTES = 60 << 10  # a log of fewer bytes is not worth a new one
 WASTE = 64 << 20  # bytes by which the dead in packs may exceed the living
 COPIED = 4096  # values that are copied at a time
 
@@ -42,8 +42,10 @@ class Upkeep(Reading, ABC):
         self._swept_staging = False
         self._unsure: list[Entry] = []  # left files of which nobody could tell whose they are
         self._compact_from = COMPACT_BYTES
+        self._looked_at = 0  # how far the log was when last it was asked whether that is due
         self._tolerated = 0  # bytes retired from packs before waste is looked for
         super().__init__(path, serializer, options, reopen=reopen)
+        self._looked_at = self._turnover()
 
     @abstractmethod
     def commit(self, batch: Batch) -> None:
@@ -265,10 +267,23 @@ class Upkeep(Reading, ABC):
             return copy
         raise AssertionError("there is always another number")
 
+    def _turnover(self) -> int:
+        return self.index.length + self.ledger.gone
+
     def _compact_if_due(self) -> None:
-        """Write the log anew where what is alive takes less than half of it."""
-        ledger, size = self.ledger, self.index.length
-        if size < max(2 * ledger.needed, self._compact_from):
+        """Write the log anew where what is alive takes less than half of it.
+
+        To find that out takes time. It is done only where as much has come and gone as some
+        twentieth of the log, by marks that are the same for all who write it, in whatever number
+        of processes.
+        """
+        ledger, size, before = self.ledger, self.index.length, self._looked_at
+        self._looked_at = now = self._turnover()
+        step = 1 << size.bit_length() >> 5
+        if now // step == before // step or size < self._compact_from:
+            return
+        # By the next mark it may be longer, and need less, by a step.
+        if size + 3 * step < 2 * ledger.needed:
             return
         payloads = ledger.snapshot()
         ledger.needed = log_size(payloads)
