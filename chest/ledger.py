@@ -43,7 +43,7 @@ FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
 FRAME = 85  # bytes of a frame beside its records, about
 RECORD = 28  # bytes of a record beside its key, and the name of its file
 PICKLED = 200  # bytes of a key that needs a class; more than most have
-FEW, SHORT = 16, 40  # so few records may take more bytes than that each would among many
+FEW, SHORT = 16, 20  # so few records may take more bytes than that each would among many
 
 logger = logging.getLogger("chest")
 

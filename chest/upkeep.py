@@ -282,8 +282,8 @@ class Upkeep(Reading, ABC):
         step = 1 << size.bit_length() >> 5
         if now // step == before // step or size < self._compact_from:
             return
-        # By the next mark it may be longer, and need less, by a step.
-        if size + 3 * step < 2 * ledger.needed:
+        # By the next mark it may need less by a step.
+        if size + 2 * step < 2 * ledger.needed:
             return
         payloads = ledger.snapshot()
         ledger.needed = log_size(payloads)

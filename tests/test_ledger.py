@@ -721,6 +721,41 @@ def test_keys_that_are_deleted_here_as_others_set_them_again_are_counted_once(lo
     assert is_about_right(other)
 
 
+def test_what_keys_share_is_not_needed_for_each(log):
+    ledger, other = log.open(), log.open()
+    for n in range(50):
+        apply(other, log.commit(ledger, (), log.packed([("x" * 300, n)])))
+    ledger.rows = {("x" * 300, n): row for (_, n), row in ledger.rows.items()}
+    assert other.needed == ledger.needed <= log_size(ledger.snapshot())
+
+
+def test_keys_that_need_a_class_are_needed_no_more_when_they_are_deleted(log):
+    ledger = log.open()
+    days = [dt.date(2000, 1, 1) + dt.timedelta(n) for n in range(300)]
+    log.commit(ledger, (), log.packed(days))
+    assert is_about_right(ledger)
+    for day in days:
+        ledger.delete(day)
+    log.commit(ledger)
+    assert is_about_right(ledger)
+
+
+def test_what_is_gone_only_grows_and_everybody_knows_it(log):
+    ledger, other = log.open(), log.open()
+    before = 0
+    for step in ("put", "put", "delete", "clear"):
+        if step == "put":
+            payloads = log.commit(ledger, (), log.packed(range(300)))
+        else:
+            ledger.clear() if step == "clear" else ledger.delete(7)
+            payloads = log.commit(ledger)
+        apply(other, payloads)
+        assert ledger.gone == other.gone
+        assert ledger.gone > before or before == 0
+        before = ledger.gone
+    assert before > 2 * 299 * 12
+
+
 def test_keys_that_nobody_can_read_here_are_counted_once(log):
     ledger, other = log.open(), Ledger(trusted=False)
     days = [dt.date(2000, 1, 1) + dt.timedelta(n) for n in range(300)]

@@ -205,6 +205,9 @@ def test_a_damaged_index_is_shown_as_far_as_it_can_be_read(made, capsys):
     out, err, status = said(capsys, "ls", made)
     assert "('k', 0)" in out
     assert "the index is damaged" in err
+    out = said(capsys, made)[0]
+    assert "bytes" in out
+    assert "waste" not in next(line for line in out.splitlines() if line.startswith("index"))
     assert status == 1
     assert said(capsys, "compact", made)[2] == 1
     assert said(capsys, "repair", made)[2] == 1
