@@ -106,9 +106,9 @@ class Puts(NamedTuple):
 
     def pick(self, rows: Sequence[int]) -> Puts:
         """Return those rows alone."""
-        files = self.files if isinstance(self.files, str) else [self.files[row] for row in rows]
-        numbers = ([column[row] for row in rows] for column in self[2:])
-        return Puts([self.keys[row] for row in rows], files, *numbers)
+        files = self.files if isinstance(self.files, str) else [*gather(self.files, rows)]
+        columns = ([*gather(column, rows)] for column in self[2:])
+        return Puts([*gather(self.keys, rows)], files, *columns)
 
 
 class Block:

@@ -41,7 +41,7 @@ from chest.filenames import pack_number
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
 FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
 FRAME = 85  # bytes of a frame beside its records, about
-RECORD = 28  # bytes of a record beside its key, and the name of its file
+RECORD = 20  # bytes of a record beside its key, and the name of its file
 PICKLED = 200  # bytes of a key that needs a class; more than most have
 FEW, SHORT = 16, 20  # so few records may take more bytes than that each would among many
 
@@ -265,6 +265,8 @@ class Ledger:
 
     def committed_rows(self) -> dict[Any, int]:
         """Return the keys that are stored as of the last commit, with their rows."""
+        if not self._deleted and self._cleared is None:
+            return dict(self.stored())
         rows = {**(self._cleared or {}), **self._deleted, **dict(self.stored())}
         return {key: row for key, row in rows.items() if row >= 0}
 
@@ -276,26 +278,25 @@ class Ledger:
 
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
-        rows = self.committed_rows() | {Unread(data): n for data, n in self.unreadable.items()}
-        by_file = sorted(rows.items(), key=self._pack_and_place)
+        committed = self.committed_rows() | {Unread(data): n for data, n in self.unreadable.items()}
+        keys, rows = [*committed], [*committed.values()]
+        files, places = gather(self._files, rows), gather(self._places, rows)
+        packs = [*map({name: name for name in self.packs}.get, files, repeat(""))]
+        order = sorted(range(len(keys)), key=[*zip(packs, places, strict=True)].__getitem__)
         blocks = []
-        for pack, group in groupby(by_file, lambda item: self._pack_of(item[1])):
-            keys, numbers = zip(*group, strict=True)
-            files = pack or [self._files[row] for row in numbers]
+        for pack, group in groupby(order, packs.__getitem__):
+            some = [*group]
+            numbers = gather(rows, some)
             columns = (self._places, self._lengths, self._digests)
-            puts = Puts([*keys], files, *([column[row] for row in numbers] for column in columns))
-            blocks.append(([self._serials[row] for row in numbers], puts))
+            puts = Puts(
+                [*gather(keys, some)],
+                pack or [*gather(files, some)],
+                *(gather(column, numbers) for column in columns),
+            )
+            blocks.append(([*gather(self._serials, numbers)], puts))
         names = [encode([], serializer=name) for name in self.serializers.items()]
         start = encode([], first=True, left=self.left())
         return [start, *names, *map(encode, _in_batches(blocks))]
-
-    def _pack_of(self, row: int) -> str:
-        """Return the pack that a row's value lies in, nothing if it has a file of its own."""
-        name = self._files[row]
-        return name if name in self.packs else ""
-
-    def _pack_and_place(self, item: tuple[Any, int]) -> tuple[str, int]:
-        return self._pack_of(item[1]), self._places[item[1]]
 
     def committed(
         self,
