@@ -40,7 +40,7 @@ from chest.filenames import pack_number
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
 FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
-FRAME = 85  # bytes of a frame beside its records, about
+FRAME = 79  # bytes of a frame beside its records, and the name of the serializer
 RECORD = 20  # bytes of a record beside its key, and the name of its file
 PICKLED = 200  # bytes of a key that needs a class; more than most have
 FEW, SHORT = 16, 20  # so few records may take more bytes than that each would among many
@@ -62,9 +62,11 @@ class Ledger:
         Every key, in order, with its row, or with ``~serial`` as long as no commit holds its
         value; replaced as a whole when cleared.
     needed : int
-        About how many bytes of the log record what is alive; too few rather than too many.
+        About how many bytes of the log record what is alive.
     gone : int
         About how many bytes of it recorded what is no more alive; never less than before.
+    records : int
+        How many records the log has of keys that were put or deleted.
     serializers : dict of str to (bool or None)
         The serializers that wrote values, and whether each writes text.
     obsolete : list of Entry
@@ -87,6 +89,7 @@ class Ledger:
         self.rows: dict[Any, int] = {}
         self.needed = 0
         self.gone = 0
+        self.records = 0
         self.serializers: dict[str, bool | None] = {}
         self.obsolete: list[Entry] = []
         self.folded: set[str] = set()
@@ -306,19 +309,20 @@ class Ledger:
     ) -> None:
         """Take in the chest's own commit, which `encode` has recorded in `payloads`."""
         base, deleted = len(self._files), [*self._deleted]
-        gone = [*self._deleted.values(), *(self._cleared or {}).values()]
-        dead = self._nbytes(deleted, self._deleted.values())
+        retired = [*self._deleted.values(), *(self._cleared or {}).values()]
+        gone = self._nbytes(deleted, self._deleted.values())
         if self._cleared is not None:
-            gone += self.unreadable.values()
+            retired += self.unreadable.values()
             self.unreadable = {}
-            dead += self.needed
+            gone += self.needed
         self._deleted, self._cleared = {}, None
         for puts in blocks:
             rows = self._add_rows(puts, array("Q", self._serials_of(puts.keys)))
-            dead += self._replace(puts.keys, rows)
-        self._retire(gone)
+            gone += self._replace(puts.keys, rows)
+        self._retire(retired)
         self.serializers[serializer[0]] = serializer[1]
-        self._weigh(payloads, len(self._files) - base, _nbytes_of(deleted), dead)
+        self.records += len(deleted)
+        self._weigh(payloads, len(self._files) - base, _nbytes_of(deleted), gone)
 
     def _weigh(self, payloads: Sequence[bytes], put: int, told: int, gone: int) -> None:
         """Take note of what frames did to the number of bytes that are needed.
@@ -333,14 +337,16 @@ class Ledger:
         gone : int
             Bytes of earlier records that they make history.
         """
-        come = max(sum(map(len, payloads)) - FRAME * len(payloads) - told, 0)
+        frame = FRAME + max(map(len, self.serializers), default=0)
+        come = max(sum(map(len, payloads)) - frame * len(payloads) - told, 0)
         if put < FEW:  # a frame of many may spell once what these spell each
             come = min(come, SHORT * put)
         self.needed = max(self.needed - gone, 0) + come
         self.gone += gone
+        self.records += put
 
     def _nbytes(self, keys: Sequence[Any], rows: Iterable[int]) -> int:
-        """Return how many bytes of the log record keys with these rows, or somewhat more."""
+        """Return about how many bytes of the log record keys with these rows."""
         files = gather(self._files, [row for row in rows if row >= 0])
         names = sum(map(len, filterfalse(self.packs.__contains__, files)))
         return _nbytes_of(keys) + RECORD * len(keys) + names
@@ -392,7 +398,8 @@ class Ledger:
         told = _nbytes_of(deleted) + sum(map(len, unread))
         rows = [self.rows.get(key, self._deleted.get(key, UNSAVED)) for key in deleted]
         rows += [self.unreadable.pop(data, UNSAVED) for data in unread]
-        dead = self._nbytes([*deleted, *unread], rows)
+        gone = self._nbytes([*deleted, *unread], rows)
+        self.records += len(rows)
         self._retire(rows[len(deleted) :])
         for key in deleted:
             if key in self._deleted:  # stays deleted, whatever becomes of it there
@@ -403,8 +410,8 @@ class Ledger:
                 self._tell([(key, row)])
                 del self.rows[key]
                 self._retire([row])
-        dead += sum(map(self._put, frame.blocks))
-        self._weigh([payload], len(self._files) - base, told, dead)
+        gone += sum(map(self._put, frame.blocks))
+        self._weigh([payload], len(self._files) - base, told, gone)
 
     def _tell(self, rows: Iterable[tuple[Any, int]]) -> None:
         """Note that keys are about to be replaced or deleted, before an interrupt can come."""
@@ -481,24 +488,24 @@ class Ledger:
         self._digests += block.digests
         self._serials.extend(block.serials)
         again = [*filter(self.unreadable.__contains__, block.keys.pickled)]
-        dead = self._nbytes(again, gather(self.unreadable, again))
+        gone = self._nbytes(again, gather(self.unreadable, again))
         keys, rows = self._block_keys(block, base)
         if not self._deleted:  # keys that are there keep their old rows as yet
             n = len(self.rows)
             deque(map(self.rows.setdefault, keys, rows), maxlen=0)
             if len(self.rows) == n + len(keys):
-                return dead
+                return gone
         if len({*keys}) != len(keys):
             raise FrameError("it has a key twice")
         mine = {key for key in self._deleted if key in self.rows}  # and then set here
-        dead += self._replace(keys, rows, tell=True)
+        gone += self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():
             row = self._deleted.pop(key)
-            dead += self._nbytes([key], [row])
+            gone += self._nbytes([key], [row])
             self._retire([row])
             if key not in mine:  # deleted here: stays so
                 self._deleted[key] = self.rows.pop(key)
-        return dead
+        return gone
 
     def _replace(self, keys: list[Hashable], rows: Sequence[int], *, tell: bool = False) -> int:
         """Let keys lead to new rows; with `tell`, note what was there before as changed.
@@ -520,9 +527,9 @@ class Ledger:
         files, packs = self._files, self.packs
         triples = zip(keys, before, rows, strict=True)
         pairs = {key: (b, n) for key, b, n in triples if b >= 0 and b != n}
-        dead = self._nbytes([*pairs], [b for b, _ in pairs.values()])
+        gone = self._nbytes([*pairs], [b for b, _ in pairs.values()])
         self._retire(b for b, n in pairs.values() if files[b] in packs or files[b] != files[n])
-        return dead
+        return gone
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Sequence[int]]:
         plain, pickled = block.keys

@@ -271,19 +271,21 @@ class Upkeep(Reading, ABC):
         return self.index.length + self.ledger.gone
 
     def _compact_if_due(self) -> None:
-        """Write the log anew where what is alive takes less than half of it.
+        """Write the log anew where what is alive takes no more than three quarters of it.
 
-        To find that out takes time. It is done only where as much has come and gone as some
-        twentieth of the log, by marks that are the same for all who write it, in whatever number
-        of processes.
+        To find that out takes time, and so does writing. Therefore that is asked only where what
+        is alive may take half of the log, by an estimate of bytes or by the count of records,
+        whichever is less; and only where as much has come and gone as some twentieth of the log,
+        by marks that are the same for all who write it, in whatever number of processes.
         """
         ledger, size, before = self.ledger, self.index.length, self._looked_at
         self._looked_at = now = self._turnover()
         step = 1 << size.bit_length() >> 5
         if now // step == before // step or size < self._compact_from:
             return
-        # By the next mark it may need less by a step.
-        if size + 2 * step < 2 * ledger.needed:
+        needed = min(ledger.needed, size * len(ledger.rows) // max(ledger.records, 1))
+        # At the next mark the log may be a step longer, and what is alive a step less.
+        if size + 2 * step < 2 * needed:
             return
         payloads = ledger.snapshot()
         ledger.needed = log_size(payloads)

@@ -675,6 +675,7 @@ def test_everybody_knows_about_how_many_bytes_of_the_log_are_needed(log, seed):
         for payload in deal(log, ledger, chance):
             other.apply(payload)
         assert other.needed == ledger.needed <= log_size(ledger.snapshot())
+        assert other.records == ledger.records
     assert log.open().needed == ledger.needed
 
 

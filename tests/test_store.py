@@ -936,6 +936,65 @@ def test_the_index_takes_at_most_twice_what_its_keys_need(path, act, monkeypatch
         assert dict(other) == dict(c)
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    n: int
+    text: str
+
+
+def set_in_turn(c, n):
+    c.update({n * 16 % 400 + m: n for m in range(16)})
+
+
+def set_long_ones_of_a_class(c, n):
+    c.update({Labelled(n * 16 % 128 + m, "x" * 1000): n for m in range(16)})
+
+
+def delete_long_ones_of_a_class(c, n):
+    if n == 0:
+        c.update({Labelled(m, "x" * 500): m for m in range(200)})
+    else:
+        del c[Labelled(n - 1, "x" * 500)]
+
+
+def delete_by_one_string_what_was_set_by_many(c, n):
+    if n == 0:
+        c.update({(("x" * 60 + str(m))[:60], m): m for m in range(3000)})
+    elif n < 30:
+        text = "x" * 60
+        for m in range(100 * n - 100, 100 * n):
+            del c[text, m]
+
+
+def dump_by_a_function_that_has_a_long_name(value, file):
+    pickle.dump(value, file)
+
+
+dump_by_a_function_that_has_a_long_name.__qualname__ *= 6
+
+
+@pytest.mark.parametrize(
+    ("act", "options"),
+    [
+        (set_long_ones_of_a_class, {}),
+        (delete_long_ones_of_a_class, {}),
+        (delete_by_one_string_what_was_set_by_many, {}),
+        (set_in_turn, {"key_to_filename": lambda key: "\N{GRINNING FACE}" * 50 + str(key)}),
+        (set_in_turn, {"dump": dump_by_a_function_that_has_a_long_name}),
+    ],
+)
+def test_so_it_does_where_the_bytes_of_keys_are_misjudged(path, act, options, monkeypatch):
+    floor = 20_000
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", floor)
+    with Chest(path=path, **options) as c:
+        for n in range(200):
+            act(c, n)
+            c.flush()
+            needed = log_size(c._memory.ledger.snapshot())
+            assert os.path.getsize(keys_file(path)) <= max(2 * needed, floor + floor // 8)
+        c._check()
+
+
 @pytest.mark.parametrize("again", ["opened", "rolled back"])
 def test_what_is_needed_is_not_looked_at_by_every_process(path, often, monkeypatch, again):
     text, measured, real = "x" * 200, [], Ledger.snapshot
