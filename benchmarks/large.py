@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
-import shutil
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def arrays(system_class, folder, count, size, seconds):
         array[0] = n
         return array
 
-    warm(f"{folder}-warm", count, size)
+    warm(f"{folder}-warm", count * 3 // 2, size)
     budget = count * size / 8
     system = system_class(folder, budget)
     done, spent = fill(system, make, range(count), size, seconds)
@@ -39,18 +39,15 @@ def arrays(system_class, folder, count, size, seconds):
         random.Random(5).shuffle(order)
 
 
-def warm(folder, count, size):
-    """Let the system take memory for so many files, and give it back.
+def warm(path, count, size):
+    """Let the system take the memory for so many arrays in files, and give it back.
 
     What no process has touched for seconds the host of a virtual machine may have to give first,
     and that takes ten times as long as to write to it. Which memory a file gets is chance.
     """
-    os.mkdir(folder)
-    data = bytes(size)
-    for n in range(count):
-        with open(os.path.join(folder, str(n)), "wb", buffering=0) as file:
-            file.write(data)
-    shutil.rmtree(folder)
+    with open(path, "wb", buffering=0) as file:
+        file.writelines(itertools.repeat(bytes(size), count))
+    os.remove(path)
 
 
 def numbers(size):
