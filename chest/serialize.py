@@ -35,7 +35,7 @@ from chest.directory import keep_from_children
 from chest.files import demand_file, read_whole, write_new
 from chest.streams import HashingReader, HashingWriter
 
-SMALL = 64 * 1024  # bytes; below, a stream is made and read in one piece
+SMALL = 128 * 1024  # bytes; below, a stream is made and read in one piece
 KEPT = 4 << 20  # bytes of a pickle that are kept until it is known to be right
 KEPT_INFLATED = 64 << 20  # the same, of one that takes long to be read once more
 GROWN, ROOM = 16, 64 << 20  # times, and bytes, by which a file may exceed the stream in it

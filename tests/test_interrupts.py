@@ -313,7 +313,7 @@ def start(w):
     yield
     w.c["list"] = [1, 2]
     yield
-    w.c["large"] = b"l" * 70_000
+    w.c["large"] = b"l" * 140_000
     yield
     w.c["box"] = Box(1)
     yield
@@ -339,7 +339,7 @@ def start_with_json(w):
         yield
     w.c["list"] = [1, 2]
     yield
-    w.c["large"] = "l" * 70_000
+    w.c["large"] = "l" * 140_000
     yield
     w.c["a", "b"] = "folder"
     yield
@@ -356,7 +356,7 @@ def set_a_list(w):
 
 
 def set_large(w):
-    w.c["new large"] = bytearray(80_000)
+    w.c["new large"] = bytearray(160_000)
 
 
 def set_again(w):
@@ -370,7 +370,7 @@ def overwrite(w):
 
 
 def overwrite_large(w):
-    w.c["large"] = b"L" * 70_000
+    w.c["large"] = b"L" * 140_000
 
 
 def overwrite_list(w):
@@ -529,7 +529,7 @@ def set_often(w):
 
 @piecewise
 def update(w):
-    w.c.update({"p": 1, "q": [2], "list": [7], "large": b"M" * 70_000})
+    w.c.update({"p": 1, "q": [2], "list": [7], "large": b"M" * 140_000})
 
 
 @piecewise
@@ -539,7 +539,7 @@ def update_from_chest(w):
 
 @piecewise
 def update_from_stored(w):
-    source = w.make({"r": b"r" * 100, "s": [3] * 10, "list": [8], "t": b"t" * 66_000})
+    source = w.make({"r": b"r" * 100, "s": [3] * 10, "list": [8], "t": b"t" * 132_000})
     source.flush()
     w.c.update(source, overwrite=False)
 
@@ -573,7 +573,7 @@ def transact(w):
         w.c["in it"] = "n" * 1500
         w.c["box"] = Box(10)
         w.c.pop("text", None)
-        w.c["large"] = b"X" * 70_000
+        w.c["large"] = b"X" * 140_000
 
 
 def transact_with_json(w):
@@ -630,11 +630,11 @@ def use_with(w):
 @piecewise
 def open_with_data(w):
     w.c.close()
-    w.c = w.open(data={"d": 1, "e": [2], "f": b"f" * 70_000})
+    w.c = w.open(data={"d": 1, "e": [2], "f": b"f" * 140_000})
 
 
 def temporary(w):
-    c = w.make({"x": [1] * 100, "y": b"y" * 70_000}, available_memory=500)
+    c = w.make({"x": [1] * 100, "y": b"y" * 140_000}, available_memory=500)
     c["x"]
     c.close()
 
@@ -1402,8 +1402,8 @@ def test_what_is_owed_a_look_stays_so_at_an_interrupt(path, monkeypatch):
 
 
 def test_an_update_that_is_interrupted_as_a_heap_changes_tells_of_nothing_else(path, monkeypatch):
-    with Chest({"a": bytes(70_000), "b": bytes(80_000)}) as other, Chest(path=path) as c:
-        c.update({"a": bytes(90_000), "b": bytes(90_000), "c": bytes(90_000)})
+    with Chest({"a": bytes(140_000), "b": bytes(160_000)}) as other, Chest(path=path) as c:
+        c.update({"a": bytes(180_000), "b": bytes(180_000), "c": bytes(180_000)})
         popitem = heapdict.popitem
 
         def interrupted(self):
@@ -1414,5 +1414,5 @@ def test_an_update_that_is_interrupted_as_a_heap_changes_tells_of_nothing_else(p
         monkeypatch.setattr(heapdict, "popitem", interrupted)
         with pytest.raises(KeyboardInterrupt):
             c.update(other)
-        assert dict(c) == {**other, "c": bytes(90_000)}
+        assert dict(c) == {**other, "c": bytes(180_000)}
         c._check()

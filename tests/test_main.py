@@ -15,7 +15,7 @@ from test_verify import JSON, Bomb, cut, flip, tree
 from chest import Chest, __version__
 from chest.__main__ import main
 
-BIG = len(pickle.dumps(bytes(100_000), 5))
+BIG = len(pickle.dumps(bytes(200_000), 5))
 SMALL = {("k", n): f"value {n}" for n in range(100)}
 
 
@@ -25,7 +25,7 @@ def made(path):
     with Chest(path=path) as c:
         c.update(SMALL)
         c.flush()
-        c["big"] = bytes(100_000)
+        c["big"] = bytes(200_000)
         c["1"], c[1], c["data"] = "text", [1], b"\0raw"
         c[dt.date(2026, 1, 1)] = "dated"
     return path

@@ -848,7 +848,7 @@ def local_object():
 
 def big(value):
     """Make what is dumped as a stream."""
-    return [bytes(100_000), value]
+    return [bytes(200_000), value]
 
 
 UNSAVABLE = {
@@ -1142,7 +1142,7 @@ def test_what_json_cannot_write_stays_in_memory(path, value, name):
 
 INTERRUPTED = {
     "set": lambda c: c.__setitem__("new", "n" * 500),
-    "set of a large value": lambda c: c.__setitem__("new", "n" * 100_000),
+    "set of a large value": lambda c: c.__setitem__("new", "n" * 200_000),
     "flush": lambda c: c.flush(),
     "close": lambda c: c.close(),
     "read": lambda c: c["old"],
@@ -1155,7 +1155,7 @@ INTERRUPTED = {
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("operation", INTERRUPTED)
 def test_an_interrupt_leaves_a_sound_chest(path, operation, large, known):
-    content = bytes(100_000) if large else b"c"
+    content = bytes(200_000) if large else b"c"
     values = {f"k{n}": Stubborn(None, content) for n in range(5)}
     with Chest(path=path, nbytes=lambda value: 1000) as c:
         c["old"] = "old"
@@ -1412,7 +1412,7 @@ CODES = {
 NEW = {
     "small": ["n" * 500],
     "larger than the budget": ["n" * 2000],
-    "large": ["n" * 100_000],
+    "large": ["n" * 200_000],
 }
 
 
@@ -1778,7 +1778,7 @@ DUMPS = {
 }
 
 
-@pytest.mark.parametrize("length", [5000, 100_000])
+@pytest.mark.parametrize("length", [5000, 200_000])
 @pytest.mark.parametrize("name", DUMPS)
 def test_a_full_disk_is_not_taken_for_an_unsavable_value(small_disk, name, length):
     path = os.path.join(small_disk.path, "chest")
@@ -1839,7 +1839,7 @@ def test_the_budget_holds_after_every_operation(path, budget):
             key = f"k{rng.randrange(30)}"
             action = rng.choice(["set", "set", "get", "get", "delete", "change", "values"])
             if action == "set":
-                c[key] = expected[key] = ["x" * rng.choice([1, 50, 900, 5000, 100_000])]
+                c[key] = expected[key] = ["x" * rng.choice([1, 50, 900, 5000, 200_000])]
                 expected[key] = [*expected[key]]
             elif action == "get":
                 assert c.get(key) == expected.get(key)
@@ -1855,7 +1855,7 @@ def test_the_budget_holds_after_every_operation(path, budget):
         assert dict(c) == expected
 
 
-@pytest.mark.parametrize("value", [["x" * 5000], ["x" * 100_000]], ids=["small", "large"])
+@pytest.mark.parametrize("value", [["x" * 5000], ["x" * 200_000]], ids=["small", "large"])
 @pytest.mark.parametrize("way", ["set", "read", "read and changed", "changed in hand"])
 def test_a_value_larger_than_the_budget_pushes_nothing_else_out(path, way, value):
     small = {f"k{n}": [n] for n in range(10)}

@@ -922,7 +922,7 @@ def test_a_child_that_leaves_as_a_value_is_dumped_leaves_that_to_its_parent(run)
             pickle.dump(value, file)
 
         with Chest(path=PATH, dump=dump) as c:
-            c['x'] = ['x' * 100_000]  # too large for a pack
+            c['x'] = ['x' * 200_000]  # too large for a pack
             c.flush()
             print(len(dumps))
         """,
@@ -1753,7 +1753,7 @@ def test_writing_where_another_process_dropped_all_is_a_clear_error(path, elsewh
     with Chest({"x": [1]}, path) as c:
         c.flush()
         other("c.drop()")
-        c["y"] = bytes(100_000) if large else 1
+        c["y"] = bytes(200_000) if large else 1
         c.update({n: n for n in range(100)})
         for act in (c.flush, c.compact, c.transaction().__enter__, lambda: pickle.dumps(c)):
             with pytest.raises((FileNotFoundError, UnsavedError), match="dropped") as caught:

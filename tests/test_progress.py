@@ -18,7 +18,7 @@ import chest.progress
 from chest import Chest, UnsavedError, repair
 
 SMALL = {("k", n): f"value {n}" for n in range(3000)}
-LARGE = {n: bytes([n]) * 100_000 for n in range(20)}
+LARGE = {n: bytes([n]) * 200_000 for n in range(20)}
 
 
 class Stop(Exception):
@@ -172,7 +172,7 @@ def test_what_is_raised_is_not_taken_for_a_refusal_of_the_disk(path):
         if done == 83:
             remove_staged(path)
 
-    data = {"bad": lambda: 0, "big": bytes(100_000), **dict.fromkeys(range(100), "small")}
+    data = {"bad": lambda: 0, "big": bytes(200_000), **dict.fromkeys(range(100), "small")}
     with Chest(data, path) as c:
         with pytest.raises(UnsavedError) as caught:
             c.flush(progress=tell)
@@ -294,7 +294,7 @@ def test_a_prefetch_counts_what_fits(path):
     told = []
     with Chest(LARGE, path):
         pass
-    with Chest(path=path, available_memory=550_000) as c:
+    with Chest(path=path, available_memory=1_100_000) as c:
         c.prefetch(LARGE, progress=lambda *news: told.append(news))
     assert rises(told, 5)
 
@@ -572,7 +572,7 @@ def test_a_notebook_counts_as_a_terminal(path, monkeypatch, bars):
 
 
 def test_a_bar_or_line_is_ended_by_an_error_too(path, capsys, terminal, bars, monkeypatch):
-    with Chest({"x": lambda: 0, "y": bytes(100_000)}, path) as c:
+    with Chest({"x": lambda: 0, "y": bytes(200_000)}, path) as c:
         with pytest.raises(UnsavedError):
             c.flush(progress=True)
         assert bars[0].closed

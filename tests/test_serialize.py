@@ -233,7 +233,7 @@ SHORT, LONG = b"content", bytes(range(256)) * 300
 TEXTS = ["text", "\r\n é 😀 \udc80" * 6000]
 JSONS = [[1, {"a": [None, True, 1.5, "é\r\n\udc80"]}], list(range(15_000))]
 WORDS = ["first", "second é", ""]
-PICKLED = [Box([1, "a"]), [Box(n) for n in range(4000)], np.arange(9000.0), bytes(70_000)]
+PICKLED = [Box([1, "a"]), [Box(n) for n in range(4000)], np.arange(18_000.0), bytes(140_000)]
 
 SERIALIZERS = {
     "pickle by default": ({}, PICKLED),
@@ -355,7 +355,7 @@ def test_an_opener_makes_the_files_that_its_own_tools_read(path, opener):
 
 
 def test_files_are_plain_pickles(path):
-    with Chest({"small": [1], "large": list(range(30_000))}, path=path) as c:
+    with Chest({"small": [1], "large": list(range(60_000))}, path=path) as c:
         c.flush()
         for key in c:
             with open(c.key_to_filename(key), "rb") as file:
@@ -485,7 +485,7 @@ class Slow(io.FileIO):
         return super().readinto(memoryview(buffer)[:999])
 
 
-@pytest.mark.parametrize("value", [[0] * 3000, list(range(30_000)), np.arange(20_000)])
+@pytest.mark.parametrize("value", [[0] * 3000, list(range(60_000)), np.arange(20_000)])
 def test_short_reads_and_writes_are_gone_on_with(path, value, monkeypatch):
     with Chest(path=path) as c:
         slow = Seen(builtins, open=lambda path, mode, **_: Slow(path, mode))
@@ -500,7 +500,7 @@ def test_short_reads_and_writes_are_gone_on_with(path, value, monkeypatch):
         assert same(c["k"], value)
 
 
-@pytest.mark.parametrize("value", [[0] * 3000, list(range(30_000)), np.arange(20_000)])
+@pytest.mark.parametrize("value", [[0] * 3000, list(range(60_000)), np.arange(20_000)])
 def test_files_of_an_opener_may_do_less_than_asked(path, value):
     def open_slow(path, mode):
         return io.BufferedReader(Slow(path, mode)) if mode == "rb" else Slow(path, mode)
@@ -519,8 +519,8 @@ DAMAGED = {
     "pickle, small": ({}, [1, "text", {"a": 2.5}]),
     "pickle, large": ({}, [Box(n) for n in range(3000)]),
     "pickle, large list of numbers": ({}, [1.5] * 20_000),
-    "pickle, large array": ({}, np.arange(10_000.0)),
-    "pickle, large bytes": ({}, RANDOM.randbytes(70_000)),
+    "pickle, large array": ({}, np.arange(20_000.0)),
+    "pickle, large bytes": ({}, RANDOM.randbytes(140_000)),
     "pickle, in functions": (SERIALIZERS["pickle in functions"][0], [1, "text"]),
     "json, small": (SERIALIZERS["json"][0], [1, "text", {"a": 2.5}]),
     "json, large": (SERIALIZERS["json"][0], list(range(15_000))),
@@ -877,7 +877,7 @@ class Moody:
 
 
 @pytest.mark.parametrize("error", RAISED, ids=repr)
-@pytest.mark.parametrize("size", [10, 100_000])
+@pytest.mark.parametrize("size", [10, 200_000])
 def test_what_a_value_raises_when_it_is_loaded_never_comes_out_as_it_is(
     path, size, error, monkeypatch
 ):
@@ -929,7 +929,7 @@ def test_a_hostile_pickle_would_be_noticed(tmp_path):
 
 
 @each_distrustful
-@pytest.mark.parametrize("padding", [0, 100_000], ids=["small", "large"])
+@pytest.mark.parametrize("padding", [0, 200_000], ids=["small", "large"])
 def test_a_hostile_value_file_is_not_run(path, trace, name, padding):
     options, values = SERIALIZERS[name]
     with Chest({"k": values[0], "other": values[0]}, path=path, **options) as c:

@@ -138,7 +138,7 @@ def test_what_leaves_memory_and_what_is_written_are_counted_apart(path, kind):
 
 
 def test_what_is_there_is_told_in_keys_bytes_packs_and_waste(path):
-    with Chest({n: ("value", n) for n in range(1000)} | {"large": bytes(100_000)}, path) as c:
+    with Chest({n: ("value", n) for n in range(1000)} | {"large": bytes(200_000)}, path) as c:
         c["unsaved"] = [1]
         s = c.stats()
         assert (s.resident_keys, s.resident_bytes) == (1002, c.memory_usage)

@@ -188,7 +188,7 @@ def change_values(c):
     del c["gone"], c["a", "gone"]
     c["new"] = [11]
     c["b", "c", "new"] = [12]
-    c["large"] = bytes(100_000)
+    c["large"] = bytes(200_000)
     c.flush()
 
 
@@ -405,7 +405,7 @@ def test_a_chest_goes_on_after_an_interrupt(path, monkeypatch, owner, name, late
             with pytest.raises(KeyboardInterrupt):
                 change_values(c)
         after = {key: value for key, value in before().items() if "gone" not in key}
-        after |= {"replaced": [10], "new": [11], ("b", "c", "new"): [12], "large": bytes(100_000)}
+        after |= {"replaced": [10], "new": [11], ("b", "c", "new"): [12], "large": bytes(200_000)}
         assert dict(c) == after
         assert len(other) == len(after if committed else before())
         c["later"] = after["later"] = 1
@@ -1506,7 +1506,7 @@ def load_nothing(file):
 def test_values_of_another_chest_are_linked_or_copied_and_never_loaded(
     path, tmp_path, monkeypatch, linkable
 ):
-    values = {"x": [1], ("a", "b"): [2], "large": bytes(100_000)}
+    values = {"x": [1], ("a", "b"): [2], "large": bytes(200_000)}
     source = str(tmp_path / "source")
     with Chest(values, path=source):
         pass
@@ -1630,7 +1630,7 @@ def test_with_fsync_all_is_safe_before_the_commit_and_the_commit_after_it(path, 
         c.flush()
         syncs.calls.clear()
         before = syncs.length()
-        c["x"], c["a", "b", "y"], c["large"] = 1, 2, bytes(100_000)
+        c["x"], c["a", "b", "y"], c["large"] = 1, 2, bytes(200_000)
         c.flush()
         after = syncs.length()
         assert before < after

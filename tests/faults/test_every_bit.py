@@ -125,10 +125,10 @@ CHESTS = {make.__name__: make for make in (plain, pickled_keys, packs, history, 
 CHESTS |= {"json": in_json, "gzip": in_gzip}
 OPTIONS = {"json": JSON, "gzip": {"open": gzip.open}}
 LARGE = {
-    "objects": [dt.date(2000, 1, 1) + dt.timedelta(n) for n in range(6000)],
-    "array": np.arange(9000),
-    "bytearray": bytearray(70_000),
-    "text": ["é" * 40_000],
+    "objects": [dt.date(2000, 1, 1) + dt.timedelta(n) for n in range(12000)],
+    "array": np.arange(18_000),
+    "bytearray": bytearray(140_000),
+    "text": ["é" * 80_000],
 }
 
 
@@ -257,7 +257,7 @@ def subject(path, request):
 
 @pytest.fixture(params=LARGE)
 def large(path, request):
-    """A chest with one value of 64 KiB and more, which is read part by part."""
+    """A chest with one value of 128 KiB and more, which is read part by part."""
 
     def make(path):
         Chest({"k": LARGE[request.param]}, path=path).close()
@@ -276,7 +276,7 @@ def flipped(data, bit):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_wrong_bit(subject, streamed, monkeypatch):
-    if streamed:  # as values from 64 KiB are: part by part
+    if streamed:  # as values from 128 KiB are: part by part
         monkeypatch.setattr(chest.serialize, "SMALL", 0)
     for name in subject.files:
         data = subject.before[name]

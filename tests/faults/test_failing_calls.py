@@ -371,7 +371,7 @@ def test_staging_files_that_could_not_be_removed_go_with_the_next_commit(path, r
 
 def test_a_staged_pack_is_closed_where_nothing_can_be_removed(path, refuse):
     with opened(path) as c:
-        c["x"] = bytes(100_000)
+        c["x"] = bytes(200_000)
         c.update(small(0, 300, "text " * 20))
         refuse.on({"stat", "unlink"}, errno.EIO, 9)
         with pytest.raises((OSError, UnsavedError)):

@@ -78,7 +78,7 @@ def more_packed(d):
 
 
 def overwrite(d):
-    d["x"], d["array 1"], d["new"] = 2, np.arange(13_000), "new"
+    d["x"], d["array 1"], d["new"] = 2, np.arange(26_000), "new"
     d.update(small(20, 60, "third"))
 
 
