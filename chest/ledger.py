@@ -12,6 +12,7 @@ that its users know.
 from __future__ import annotations
 
 import logging
+import marshal
 import operator
 import pickle
 from array import array
@@ -42,7 +43,7 @@ UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is n
 FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
 FRAME = 79  # bytes of a frame beside its records, and the name of the serializer
 RECORD = 20  # bytes of a record beside its key, and the name of its file
-PICKLED = 200  # bytes of a key that needs a class; more than most have
+PICKLED = 200  # bytes of a key that needs a class, where none was seen
 FEW, SHORT = 16, 20  # so few records may take more bytes than that each would among many
 
 logger = logging.getLogger("chest")
@@ -102,6 +103,7 @@ class Ledger:
         self._lengths = array("Q")
         self._digests = array("Q")
         self._serials = array("Q")
+        self._pickled = self._pickles = 0  # bytes and number of keys that need a class, as read
         self._next_serial = 0
         self._in_order = True
         self._recording = False
@@ -303,7 +305,7 @@ class Ledger:
 
     def committed(
         self,
-        blocks: Iterable[Puts],
+        blocks: Collection[Puts],
         serializer: tuple[str, bool | None],
         payloads: Sequence[bytes],
     ) -> None:
@@ -316,13 +318,16 @@ class Ledger:
             self.unreadable = {}
             gone += self.needed
         self._deleted, self._cleared = {}, None
+        if not all(all_plain(puts.keys) for puts in blocks):
+            for frame in (decode(payload, trusted=True) for payload in payloads):
+                deque(map(self._note_pickled, frame.blocks), maxlen=0)
         for puts in blocks:
             rows = self._add_rows(puts, array("Q", self._serials_of(puts.keys)))
             gone += self._replace(puts.keys, rows)
         self._retire(retired)
         self.serializers[serializer[0]] = serializer[1]
         self.records += len(deleted)
-        self._weigh(payloads, len(self._files) - base, _nbytes_of(deleted), gone)
+        self._weigh(payloads, len(self._files) - base, self._spelled(deleted), gone)
 
     def _weigh(self, payloads: Sequence[bytes], put: int, told: int, gone: int) -> None:
         """Take note of what frames did to the number of bytes that are needed.
@@ -349,7 +354,18 @@ class Ledger:
         """Return about how many bytes of the log record keys with these rows."""
         files = gather(self._files, [row for row in rows if row >= 0])
         names = sum(map(len, filterfalse(self.packs.__contains__, files)))
-        return _nbytes_of(keys) + RECORD * len(keys) + names
+        return self._spelled(keys) + RECORD * len(keys) + names
+
+    def _note_pickled(self, block: Block) -> None:
+        self._pickles += len(block.keys.pickled)
+        self._pickled += sum(map(len, block.keys.pickled))
+
+    def _spelled(self, keys: Collection[Any]) -> int:
+        """Return about how many bytes spell keys; what they share is spelled for each."""
+        plain = keys if all_plain(keys) else [*filter(is_plain, keys)]
+        each = self._pickled // self._pickles if self._pickles else PICKLED
+        spelled = len(marshal.dumps([*plain], 2)) if plain else 0
+        return spelled + each * (len(keys) - len(plain))
 
     def _add_rows(self, puts: Puts, serials: array[int]) -> range:
         """Add rows; return their numbers."""
@@ -395,7 +411,7 @@ class Ledger:
             self._delete_all(self._cleared)
             self._cleared = None
         deleted, unread = self._read_keys(frame.deleted)
-        told = _nbytes_of(deleted) + sum(map(len, unread))
+        told = self._spelled(deleted) + sum(map(len, unread))
         rows = [self.rows.get(key, self._deleted.get(key, UNSAVED)) for key in deleted]
         rows += [self.unreadable.pop(data, UNSAVED) for data in unread]
         gone = self._nbytes([*deleted, *unread], rows)
@@ -487,6 +503,7 @@ class Ledger:
         self._lengths += block.lengths
         self._digests += block.digests
         self._serials.extend(block.serials)
+        self._note_pickled(block)
         again = [*filter(self.unreadable.__contains__, block.keys.pickled)]
         gone = self._nbytes(again, gather(self.unreadable, again))
         keys, rows = self._block_keys(block, base)
@@ -607,11 +624,6 @@ def _load_key(data: bytes, trusted: bool) -> Hashable:
     key: Hashable = pickle.loads(data)
     hash(key)
     return key
-
-
-def _nbytes_of(keys: Collection[Any]) -> int:
-    plain = keys if all_plain(keys) else [*filter(is_plain, keys)]
-    return len(pickle.dumps([*plain], 5)) + PICKLED * (len(keys) - len(plain)) if keys else 0
 
 
 def _in_batches(blocks: Iterable[tuple[list[int], Puts]]) -> Iterator[list[tuple[Any, Puts]]]:

@@ -152,6 +152,7 @@ class Store(Upkeep):
         with self.index.locked(timeout):
             if self._transaction is None:
                 self.catch_up()
+                self._turned = self._turnover()
             yield
 
     def commit(self, batch: Batch) -> None:

@@ -42,10 +42,10 @@ class Upkeep(Reading, ABC):
         self._swept_staging = False
         self._unsure: list[Entry] = []  # left files of which nobody could tell whose they are
         self._compact_from = COMPACT_BYTES
-        self._looked_at = 0  # how far the log was when last it was asked whether that is due
         self._tolerated = 0  # bytes retired from packs before waste is looked for
+        self._turned = 0  # the turnover of the log when the lock was taken
+        self._measured = (0, 0, 0, 0)  # bytes, those needed, records, keys: at the last look
         super().__init__(path, serializer, options, reopen=reopen)
-        self._looked_at = self._turnover()
 
     @abstractmethod
     def commit(self, batch: Batch) -> None:
@@ -54,6 +54,7 @@ class Upkeep(Reading, ABC):
     def _apply_anew(self, payloads: list[bytes]) -> None:
         super()._apply_anew(payloads)
         self._tolerated = 0
+        self._measured = (0, 0, 0, 0)
 
     def _sweep(self) -> None:
         """Remove what a crash left."""
@@ -268,28 +269,39 @@ class Upkeep(Reading, ABC):
         raise AssertionError("there is always another number")
 
     def _turnover(self) -> int:
+        """Return how many bytes of the log came or went."""
         return self.index.length + self.ledger.gone
+
+    def _estimate(self) -> int:
+        """Return about how many bytes of the log are needed.
+
+        The lesser of two estimates: by the bytes of what came and went, and by the share of the
+        records that are alive among those that came since that was last measured, as if all were
+        of one length.
+        """
+        ledger, (size, needed, records, keys) = self.ledger, self._measured
+        came, more = ledger.records - records, len(ledger.rows) - keys
+        return min(ledger.needed, needed + (self.index.length - size) * more // max(came, 1))
 
     def _compact_if_due(self) -> None:
         """Write the log anew where what is alive takes no more than three quarters of it.
 
         To find that out takes time, and so does writing. Therefore that is asked only where what
-        is alive may take half of the log, by an estimate of bytes or by the count of records,
-        whichever is less; and only where as much has come and gone as some twentieth of the log,
-        by marks that are the same for all who write it, in whatever number of processes.
+        is alive may take half of the log; and only where as much has come and gone as some
+        twentieth of the log, by marks that are the same for all who write it: whoever passes one
+        asks.
         """
-        ledger, size, before = self.ledger, self.index.length, self._looked_at
-        self._looked_at = now = self._turnover()
-        step = 1 << size.bit_length() >> 5
-        if now // step == before // step or size < self._compact_from:
+        size, step = self.index.length, 1 << self.index.length.bit_length() >> 5
+        if size < self._compact_from or self._turnover() // step == self._turned // step:
             return
-        needed = min(ledger.needed, size * len(ledger.rows) // max(ledger.records, 1))
         # At the next mark the log may be a step longer, and what is alive a step less.
-        if size + 2 * step < 2 * needed:
+        if size + 2 * step < 2 * self._estimate():
             return
-        payloads = ledger.snapshot()
-        ledger.needed = log_size(payloads)
-        if 4 * ledger.needed > 3 * size:
+        payloads = self.ledger.snapshot()
+        needed = log_size(payloads)
+        if 4 * needed > 3 * size:
+            self.ledger.needed = needed
+            self._measured = (size, needed, self.ledger.records, len(self.ledger.rows))
             return
         try:
             self._replace_index(payloads)

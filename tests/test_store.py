@@ -1,6 +1,7 @@
 """Commits: all or nothing at every step, for several handles, and for a power cut."""
 
 import dataclasses
+import datetime as dt
 import errno
 import gc
 import json
@@ -29,6 +30,7 @@ from chest.frames import log_size
 from chest.index import MAGIC, Index, encode_length, frame
 from chest.ledger import Ledger
 from chest.serialize import Serializer
+from chest.store import Store
 
 AGES_AGO = (0, 0)
 drops_it_open = pytest.mark.filterwarnings("ignore:a chest was not closed:ResourceWarning")
@@ -995,6 +997,71 @@ def test_so_it_does_where_the_bytes_of_keys_are_misjudged(path, act, options, mo
         c._check()
 
 
+def named_by_lines_of_text(c, n):
+    if n == 0:
+        c.update({m: m for m in range(6000)})
+        c.flush()
+        c.update({("".join(["x"] * 30), m): m for m in range(2500)})
+    elif n <= 10:
+        text = "x" * 30
+        for m in range(250 * n - 250, 250 * n):
+            del c[text, m]
+
+
+def delete_long_ones_of_a_class_among_others(c, n):
+    if n == 0:
+        c.update({m: m for m in range(10_000)})
+        c.update({Labelled(m, "x" * 1000): m for m in range(600)})
+    elif n <= 6:
+        for m in range(100 * n - 100, 100 * n):
+            del c[Labelled(m, "x" * 1000)]
+        c[n] = -1
+
+
+def replace_all(c, n):
+    for key in list(c):
+        del c[key]
+    c.update({f"{n:03} entry {m:05}": m for m in range(1000 + n % 7)})
+
+
+def overwrite_all(c, n):
+    c.update({f"entry {m:05}": n for m in range(1000)})
+
+
+def fill_a_queue_and_empty_it(c, n):
+    c.update({(n, m): m for m in range(1200)})
+    for key in list(c)[:-700]:
+        del c[key]
+
+
+@pytest.mark.parametrize(
+    ("act", "handles"),
+    [
+        (named_by_lines_of_text, 1),
+        (delete_long_ones_of_a_class_among_others, 1),
+        (replace_all, 1),
+        (replace_all, 2),
+        (overwrite_all, 2),
+        (overwrite_all, 4),
+        (fill_a_queue_and_empty_it, 1),
+        (fill_a_queue_and_empty_it, 3),
+    ],
+)
+def test_so_it_does_where_much_changes_at_once_by_whomever(path, act, handles, monkeypatch):
+    floor = 20_000
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", floor)
+    every = [Chest(path=path) for _ in range(handles)]
+    for n in range(40):
+        c = every[n % handles]
+        act(c, n)
+        c.flush()
+        needed = log_size(c._memory.ledger.snapshot())
+        assert os.path.getsize(keys_file(path)) <= max(2 * needed, floor + floor // 8)
+    for c in every:
+        c._check()
+        c.close()
+
+
 @pytest.mark.parametrize("again", ["opened", "rolled back"])
 def test_what_is_needed_is_not_looked_at_by_every_process(path, often, monkeypatch, again):
     text, measured, real = "x" * 200, [], Ledger.snapshot
@@ -1016,6 +1083,32 @@ def test_what_is_needed_is_not_looked_at_by_every_process(path, often, monkeypat
             c.flush()
         c.close()
     assert 3 < len(measured) < 40
+
+
+@pytest.mark.parametrize("kind", ["dates", "long ones and a queue"])
+def test_what_is_needed_is_seldom_looked_at_in_vain(path, often, monkeypatch, kind):
+    days = [dt.date(2000, 1, 1) + dt.timedelta(n) for n in range(1000)]
+    texts = [f"{n:0300}" for n in range(500)]
+    with Chest(dict.fromkeys(days if kind == "dates" else texts), path=path):
+        pass
+    measured, replaced, real = [], [], Ledger.snapshot
+    monkeypatch.setattr(Ledger, "snapshot", lambda self: measured.append(1) or real(self))
+    replace = Store._replace_index
+    monkeypatch.setattr(Store, "_replace_index", lambda *a: replaced.append(1) or replace(*a))
+    c = Chest(path=path)
+    for n in range(100):
+        if kind == "dates":
+            c.close()
+            c = Chest(path=path)
+            c.update(dict.fromkeys(days[n : n + 900 : 60], n))
+        else:
+            c.update({(n, m): m for m in range(100)})
+            c.flush()
+            for m in range(100):
+                del c[n, m]
+        c.flush()
+    c.close()
+    assert 0 < len(replaced) <= len(measured) <= 2 * len(replaced) + 2
 
 
 def test_what_is_needed_of_an_index_is_found_out_once(path, often, monkeypatch):
