@@ -49,7 +49,7 @@ def value(key, chance):
     """Return a value whose size depends on the key alone."""
     number = chance.randrange(1 << 40, 1 << 41)
     if key in ALONE:
-        size = 140_000 if key == ALONE[0] else 5_000
+        size = 70_000 if key == ALONE[0] else 5_000
         return [number, "text" * (size // 4)]
     return [number, key[1]] if key[1] % 2 else f"{number} {key[1]:03}"
 
