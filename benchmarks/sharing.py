@@ -67,7 +67,7 @@ def count_up(barrier, system_class, path, increments):
 
 
 def latency(system_class, folder, keys):
-    """Let one process wait for each key that another one flushes."""
+    """Let one process wait for each key, from when another one begins to flush it."""
     system_class(folder, BUDGET).close()
     flushed, seen = apart([(f, (system_class, folder, keys)) for f in (flush_each, poll_each)])
     delays = [max(there - here, 0) for here, there in zip(flushed, seen, strict=True)]
@@ -81,8 +81,8 @@ def flush_each(barrier, system_class, path, keys):
     for n in range(keys):
         time.sleep(PAUSE)
         system.map[name(n)] = row(n)
-        system.flush()
         times.append(clock())
+        system.flush()
     barrier.wait()
     system.close()
     return times

@@ -106,7 +106,7 @@ WORKLOADS = {
         fixed={"processes": 4}, full={"increments": 1000}, quick={"increments": 100},
     ),
     "latency": Workload(
-        "until a process that polls sees a key that another one has flushed",
+        "until a process that polls sees a key that another one flushes",
         "sharing:latency", "chest lmdb diskcache", full={"keys": 500}, quick={"keys": 100},
     ),
 } | {

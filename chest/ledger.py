@@ -361,11 +361,11 @@ class Ledger:
         self._pickled += sum(map(len, block.keys.pickled))
 
     def _spelled(self, keys: Collection[Any]) -> int:
-        """Return about how many bytes spell keys; what they share is spelled for each."""
+        """Return about how many bytes spell keys; what several of them share counts for each."""
         plain = keys if all_plain(keys) else [*filter(is_plain, keys)]
         each = self._pickled // self._pickles if self._pickles else PICKLED
-        spelled = len(marshal.dumps([*plain], 2)) if plain else 0
-        return spelled + each * (len(keys) - len(plain))
+        # About as long as pickles without their heads, and made in half the time.
+        return sum(map(len, map(marshal.dumps, plain))) + each * (len(keys) - len(plain))
 
     def _add_rows(self, puts: Puts, serials: array[int]) -> range:
         """Add rows; return their numbers."""
