@@ -28,6 +28,7 @@ _ATOMS = SURE | {float}
 _WITH_NAN = {float, tuple, frozenset}  # what may be a nan, or have one in it
 SERIALS = 1 << 63  # so many can be given
 PARTS = 1 << 20  # of a plain key that has tuples in it: each is looked at for its hash
+HEIGHT = 100  # of a plain key: tuples in tuples, each of which takes some of the reader's stack
 CHECKED = 1 << 16  # bytes of a frame, up to which the opcodes of a trusted one are looked at, too
 
 Packed = tuple[str, bytes]
@@ -218,27 +219,34 @@ def is_plain(key: Hashable) -> bool:
         return False
     parts: Any = key
     try:
-        return _ATOMS.issuperset(map(type, parts)) or _count_parts(parts, {}) <= PARTS
+        if _ATOMS.issuperset(map(type, parts)):
+            return True
+        total, height = _count_parts(parts, {})
+        return total <= PARTS and height <= HEIGHT
     except RecursionError:  # nested so deeply that no pickle takes it either
         return False
 
 
-def _count_parts(key: Collection[Any], known: dict[int, float]) -> float:
-    """Count the parts of a key, each as often as it is there; infinitely many if one is not plain.
+def _count_parts(
+    key: Collection[Any], known: dict[int, tuple[float, int]]
+) -> tuple[float, int]:
+    """Count the parts of a key, each as often as it is there, and the tuples around the innermost.
 
-    What is there several times is walked once: 60 pairs can add up to all there is time for.
+    There are infinitely many if one is not plain. What is there several times is walked once: 60
+    pairs can add up to all there is time for.
     """
-    total: float = 1
+    total, height = 1.0, 0
     for part in key:
         kind = type(part)
         if kind in _ATOMS:
             total += 1
         elif kind is tuple or kind is frozenset:
-            total += known.get(id(part)) or _count_parts(part, known)
+            parts, below = known.get(id(part)) or _count_parts(part, known)
+            total, height = total + parts, max(height, below + 1)
         else:
-            return math.inf
-    known[id(key)] = total
-    return total
+            return math.inf, 0
+    known[id(key)] = total, height
+    return total, height
 
 
 def all_plain(keys: Collection[Any]) -> bool:

@@ -12,7 +12,6 @@ that its users know.
 from __future__ import annotations
 
 import logging
-import marshal
 import operator
 import pickle
 from array import array
@@ -312,22 +311,26 @@ class Ledger:
         """Take in the chest's own commit, which `encode` has recorded in `payloads`."""
         base, deleted = len(self._files), [*self._deleted]
         retired = [*self._deleted.values(), *(self._cleared or {}).values()]
-        gone = self._nbytes(deleted, self._deleted.values())
+        frames, told = [], self._spelled(deleted)
+        if not all(map(all_plain, [deleted, *(puts.keys for puts in blocks)])):
+            frames = [decode(payload, trusted=True) for payload in payloads]
+            told = self._spelled([*filter(is_plain, deleted)])
+            told += sum(sum(map(len, frame.deleted.pickled)) for frame in frames)
+        gone = self._nbytes(told, self._deleted.values())
         if self._cleared is not None:
             retired += self.unreadable.values()
             self.unreadable = {}
             gone += self.needed
         self._deleted, self._cleared = {}, None
-        if not all(all_plain(puts.keys) for puts in blocks):
-            for frame in (decode(payload, trusted=True) for payload in payloads):
-                deque(map(self._note_pickled, frame.blocks), maxlen=0)
+        for frame in frames:
+            deque(map(self._note_pickled, frame.blocks), maxlen=0)
         for puts in blocks:
             rows = self._add_rows(puts, array("Q", self._serials_of(puts.keys)))
             gone += self._replace(puts.keys, rows)
         self._retire(retired)
         self.serializers[serializer[0]] = serializer[1]
         self.records += len(deleted)
-        self._weigh(payloads, len(self._files) - base, self._spelled(deleted), gone)
+        self._weigh(payloads, len(self._files) - base, told, gone)
 
     def _weigh(self, payloads: Sequence[bytes], put: int, told: int, gone: int) -> None:
         """Take note of what frames did to the number of bytes that are needed.
@@ -350,11 +353,11 @@ class Ledger:
         self.gone += gone
         self.records += put
 
-    def _nbytes(self, keys: Sequence[Any], rows: Iterable[int]) -> int:
-        """Return about how many bytes of the log record keys with these rows."""
+    def _nbytes(self, spelled: int, rows: Collection[int]) -> int:
+        """Return about how many bytes of the log record keys of `spelled` bytes with these rows."""
         files = gather(self._files, [row for row in rows if row >= 0])
         names = sum(map(len, filterfalse(self.packs.__contains__, files)))
-        return self._spelled(keys) + RECORD * len(keys) + names
+        return spelled + RECORD * len(rows) + names
 
     def _note_pickled(self, block: Block) -> None:
         self._pickles += len(block.keys.pickled)
@@ -364,8 +367,11 @@ class Ledger:
         """Return about how many bytes spell keys; what several of them share counts for each."""
         plain = keys if all_plain(keys) else [*filter(is_plain, keys)]
         each = self._pickled // self._pickles if self._pickles else PICKLED
-        # About as long as pickles without their heads, and made in half the time.
-        return sum(map(len, map(marshal.dumps, plain))) + each * (len(keys) - len(plain))
+        try:
+            nbytes = sum(map(len, map(pickle.dumps, plain, repeat(3))))  # without frames
+        except RecursionError:  # who wrote them could go deeper
+            return each * len(keys)
+        return nbytes + each * (len(keys) - len(plain))
 
     def _add_rows(self, puts: Puts, serials: array[int]) -> range:
         """Add rows; return their numbers."""
@@ -411,10 +417,10 @@ class Ledger:
             self._delete_all(self._cleared)
             self._cleared = None
         deleted, unread = self._read_keys(frame.deleted)
-        told = self._spelled(deleted) + sum(map(len, unread))
+        told = self._spelled(frame.deleted.plain) + sum(map(len, frame.deleted.pickled))
         rows = [self.rows.get(key, self._deleted.get(key, UNSAVED)) for key in deleted]
         rows += [self.unreadable.pop(data, UNSAVED) for data in unread]
-        gone = self._nbytes([*deleted, *unread], rows)
+        gone = self._nbytes(told, rows)
         self.records += len(rows)
         self._retire(rows[len(deleted) :])
         for key in deleted:
@@ -505,7 +511,7 @@ class Ledger:
         self._serials.extend(block.serials)
         self._note_pickled(block)
         again = [*filter(self.unreadable.__contains__, block.keys.pickled)]
-        gone = self._nbytes(again, gather(self.unreadable, again))
+        gone = self._nbytes(sum(map(len, again)), gather(self.unreadable, again))
         keys, rows = self._block_keys(block, base)
         if not self._deleted:  # keys that are there keep their old rows as yet
             n = len(self.rows)
@@ -518,7 +524,7 @@ class Ledger:
         gone += self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():
             row = self._deleted.pop(key)
-            gone += self._nbytes([key], [row])
+            gone += self._nbytes(self._spelled([key]), [row])
             self._retire([row])
             if key not in mine:  # deleted here: stays so
                 self._deleted[key] = self.rows.pop(key)
@@ -544,7 +550,7 @@ class Ledger:
         files, packs = self._files, self.packs
         triples = zip(keys, before, rows, strict=True)
         pairs = {key: (b, n) for key, b, n in triples if b >= 0 and b != n}
-        gone = self._nbytes([*pairs], [b for b, _ in pairs.values()])
+        gone = self._nbytes(self._spelled(pairs), [b for b, _ in pairs.values()])
         self._retire(b for b, n in pairs.values() if files[b] in packs or files[b] != files[n])
         return gone
 

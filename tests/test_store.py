@@ -1018,6 +1018,16 @@ def delete_long_ones_of_a_class_among_others(c, n):
         c[n] = -1
 
 
+def churn_long_ones_of_a_class_among_short_ones(c, n):
+    if n == 0:
+        c.update({Labelled(m, ""): m for m in range(1000)})
+        c.flush()
+    c.update({Labelled(n, "x" * 3000 + str(m)): m for m in range(10)})
+    c.flush()
+    for m in range(10):
+        del c[Labelled(n, "x" * 3000 + str(m))]
+
+
 def replace_all(c, n):
     for key in list(c):
         del c[key]
@@ -1039,6 +1049,8 @@ def fill_a_queue_and_empty_it(c, n):
     [
         (named_by_lines_of_text, 1),
         (delete_long_ones_of_a_class_among_others, 1),
+        (churn_long_ones_of_a_class_among_short_ones, 1),
+        (churn_long_ones_of_a_class_among_short_ones, 2),
         (replace_all, 1),
         (replace_all, 2),
         (overwrite_all, 2),
@@ -1060,6 +1072,56 @@ def test_so_it_does_where_much_changes_at_once_by_whomever(path, act, handles, m
     for c in every:
         c._check()
         c.close()
+
+
+def nested(kind, depth):
+    key = kind()
+    for _ in range(depth):
+        key = kind([key])
+    return key
+
+
+@pytest.mark.parametrize("depth", [99, 100, 101, 102, 400])
+@pytest.mark.parametrize("kind", [tuple, frozenset])
+def test_keys_may_be_nested(path, kind, depth):
+    key, other = nested(kind, depth), nested(kind, depth - 1)
+    with Chest({"a": 1}, path=path) as c:
+        for n in range(3):
+            c[key] = c[other] = n
+            c.flush()
+        del c[other]
+    with Chest(path=path) as c:
+        assert dict(c) == {"a": 1, key: 2}
+        c.compact()
+    with Chest(path=path) as c:
+        assert dict(c) == {"a": 1, key: 2}
+        del c[key]
+    with Chest(path=path) as c:
+        assert dict(c) == {"a": 1}
+        c._check()
+
+
+def test_keys_may_be_nested_as_deeply_as_this_python_goes(path):
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        key = nested(tuple, 2500)
+        try:
+            pickle.dumps(key)
+        except RecursionError:
+            pytest.skip("pickle goes less deep, whatever the limit")
+        for n in range(3):
+            with Chest(path=path) as c:
+                c[key] = c["a"] = n
+                c.flush()
+                c[key] = n + 1
+        with Chest(path=path) as c:
+            assert c[key] == 3
+            del c[key]
+        with Chest(path=path) as c:
+            assert dict(c) == {"a": 2}
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 @pytest.mark.parametrize("again", ["opened", "rolled back"])
