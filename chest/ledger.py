@@ -367,10 +367,7 @@ class Ledger:
         """Return about how many bytes spell keys; what several of them share counts for each."""
         plain = keys if all_plain(keys) else [*filter(is_plain, keys)]
         each = self._pickled // self._pickles if self._pickles else PICKLED
-        try:
-            nbytes = sum(map(len, map(pickle.dumps, plain, repeat(3))))  # without frames
-        except RecursionError:  # who wrote them could go deeper
-            return each * len(keys)
+        nbytes = sum(map(len, map(pickle.dumps, plain, repeat(3))))  # without frames
         return nbytes + each * (len(keys) - len(plain))
 
     def _add_rows(self, puts: Puts, serials: array[int]) -> range:

@@ -481,3 +481,18 @@ def test_a_block_without_keys_is_refused(files):
     nothing = {"lengths": packed(), "digests": packed()}
     with pytest.raises(FrameError):
         decode(payload(block(NO_KEYS, files, **nothing)))
+
+
+def nested(depth, key=()):
+    for _ in range(depth):
+        key = (key,)
+    return key
+
+
+def test_plain_keys_are_nested_a_hundred_deep_at_most():
+    deep = nested(90)
+    assert is_plain(nested(100))
+    assert not is_plain(nested(101))
+    assert not is_plain((nested(101), ()))
+    assert is_plain((deep, nested(9, deep)))
+    assert not is_plain((deep, nested(50, deep)))
