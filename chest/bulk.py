@@ -61,8 +61,10 @@ def _read_ahead(memory: Memory, ledger: Ledger, keys: list[Any]) -> list[Any]:
     resident = sum(map(memory.inmem.__contains__, keys))
     if memory.reads_alone or memory.head[1] != memory.seen or 2 * resident > len(keys):
         return [MISSING] * len(keys)
-    steps = enumerate(map(sub, rows[1:], rows), 1)
-    ends = [n for n, step in steps if step != 1 or rows[n] == 0] + [len(rows)]
+    ends = [len(rows)]
+    if rows[0] < 0 or rows != [*range(rows[0], rows[0] + len(rows))]:
+        steps = enumerate(map(sub, rows[1:], rows), 1)
+        ends = [n for n, step in steps if step != 1 or rows[n] == 0] + ends
     values: list[Any] = []
     for end in ends:
         values += _read_run(memory, ledger, range(rows[len(values)], rows[end - 1] + 1))

@@ -66,6 +66,10 @@ class Loading(Changes):
         """Return the value of a key; one that has to be read pushes no other out of memory."""
         if self.head[1] != self.seen:
             self.catch_up()
+        value = self.quick[2].get(key, MISSING)
+        if value is not MISSING:
+            self.quick[3](key)
+            return value
         return self.get(key) if key in self.inmem else self.fetch(key, stream=True)
 
     def _measure_again(self, key: Hashable, value: Any) -> None:

@@ -115,8 +115,8 @@ class Packs:
             data = self.read(name, place, sum(lengths))
         except OSError:
             return None
-        ends = list(accumulate(lengths))
-        streams = list(map(data.__getitem__, map(slice, [0, *ends], ends)))
+        starts = accumulate(lengths, initial=0)
+        streams = [data[start : start + n] for n, start in zip(lengths, starts, strict=False)]
         return streams if list(map(digest_bytes, streams)) == digests.tolist() else None
 
     def _reader(self, name: str) -> _Reader:
