@@ -311,11 +311,10 @@ class Ledger:
         """Take in the chest's own commit, which `encode` has recorded in `payloads`."""
         base, deleted = len(self._files), [*self._deleted]
         retired = [*self._deleted.values(), *(self._cleared or {}).values()]
-        frames, told = [], self._spelled(deleted)
-        if not all(map(all_plain, [deleted, *(puts.keys for puts in blocks)])):
-            frames = [decode(payload, trusted=True) for payload in payloads]
-            told = self._spelled([*filter(is_plain, deleted)])
-            told += sum(sum(map(len, frame.deleted.pickled)) for frame in frames)
+        classes = not all(map(all_plain, [deleted, *(puts.keys for puts in blocks)]))
+        frames = [decode(payload, trusted=True) for payload in payloads] if classes else []
+        told = self._spelled([*filter(is_plain, deleted)] if classes else deleted)
+        told += sum(sum(map(len, frame.deleted.pickled)) for frame in frames)
         gone = self._nbytes(told, self._deleted.values())
         if self._cleared is not None:
             retired += self.unreadable.values()
