@@ -1,8 +1,8 @@
 """Key to entry: what the committed frames add up to, and what is not committed yet.
 
-A key leads to a row, and a row into columns, which are arrays of integers: about 120 bytes a key,
-its str included, and replaying a frame of new keys is one ``dict.update``. Rows are only ever
-added, so that who looks something up while frames come in finds the old state or the new one.
+A key leads to a row (see `chest.rows`): about 120 bytes a key, its str included, and replaying a
+frame of new keys is one ``dict.update``. Who looks something up while frames come in finds the old
+state or the new one.
 
 Every key has a *serial*, its place in the order in which keys were first set. Frames come in the
 order in which values left memory; the serials bring the keys of a reopened chest into the order
@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import operator
 import pickle
-from array import array
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import filterfalse, groupby, repeat
@@ -37,6 +36,7 @@ from chest.columns import (
 )
 from chest.errors import say
 from chest.filenames import pack_number
+from chest.rows import Rows
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
 FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
@@ -48,7 +48,7 @@ FEW, SHORT = 16, 20  # so few records may take more bytes than that each would a
 logger = logging.getLogger("chest")
 
 
-class Ledger:
+class Ledger(Rows):
     """All keys of a chest, with the entries of those that are stored.
 
     Parameters
@@ -69,39 +69,23 @@ class Ledger:
         How many records the log has of keys that were put or deleted.
     serializers : dict of str to (bool or None)
         The serializers that wrote values, and whether each writes text.
-    obsolete : list of Entry
-        What the last commit made obsolete, and whose files may still be there.
-    folded : set of str
-        The lower-case forms of the names in use that have capital letters, folders among them.
     unreadable : dict of bytes to int
         Keys that cannot be read here, as they were pickled, with their rows.
-    packs : dict of str to int
-        Every pack that is known, with the bytes of those of its values that are alive.
-    retired : int
-        How many bytes of values in packs are needed no more since this ledger was made.
     changed : dict
         Keys that others replaced or deleted, with the digests of the values they had here; for
         the user of the ledger to act on, and to take out.
     """
 
     def __init__(self, trusted: bool) -> None:
+        super().__init__()
         self.trusted = trusted
         self.rows: dict[Any, int] = {}
         self.needed = 0
         self.gone = 0
         self.records = 0
         self.serializers: dict[str, bool | None] = {}
-        self.obsolete: list[Entry] = []
-        self.folded: set[str] = set()
         self.unreadable: dict[bytes, int] = {}
-        self.packs: dict[str, int] = {}
-        self.retired = 0
         self.changed: dict[Any, int] = {}
-        self._files: list[str] = []
-        self._places = array("Q")
-        self._lengths = array("Q")
-        self._digests = array("Q")
-        self._serials = array("Q")
         self._pickled = self._pickles = 0  # bytes and number of keys that need a class, as read
         self._next_serial = 0
         self._in_order = True
@@ -162,29 +146,6 @@ class Ledger:
         cleared = self._cleared is not None and (self._cleared or self.unreadable)
         return bool(self._deleted or cleared)
 
-    def entry(self, row: int) -> Entry:
-        """Return where the value of a row lies."""
-        return Entry(self._files[row], self._places[row], self._lengths[row], self._digests[row])
-
-    def length(self, row: int) -> int:
-        """Return how many bytes the value of a row has on disk."""
-        return self._lengths[row]
-
-    def where(self, row: int) -> tuple[str, int, int, int]:
-        """Return what `entry` does, as a plain tuple, which is made quicker."""
-        return self._files[row], self._places[row], self._lengths[row], self._digests[row]
-
-    def span(self, rows: range) -> tuple[str, int, array[int], array[int]] | None:
-        """Return pack, place, lengths and digests of rows whose values lie there end to end."""
-        first, last = rows[0], rows[-1]
-        file, place = self._files[first], self._places[first]
-        lengths = self._lengths[first : last + 1]
-        if file not in self.packs or self._files[first : last + 1].count(file) != len(rows):
-            return None
-        if self._places[last] + lengths[-1] - place != sum(lengths):
-            return None
-        return file, place, lengths, self._digests[first : last + 1]
-
     def digest(self, key: Hashable) -> int:
         """Return the digest of the stored value of `key`, -1 if no commit holds one."""
         row = self.rows[key]
@@ -211,10 +172,6 @@ class Ledger:
     def unreadable_files(self) -> set[str]:
         """Return the files of keys that cannot be read."""
         return {self._files[row] for row in self.unreadable.values()}
-
-    def dead_packs(self) -> list[str]:
-        """Return the packs of which the committed state needs nothing."""
-        return [name for name, alive in self.packs.items() if not alive]
 
     def is_packed(self, key: Hashable) -> bool:
         """Tell whether the stored value of `key` lies in a pack."""
@@ -254,10 +211,6 @@ class Ledger:
             deleted=self._deleted,
         )
         return [start, *map(encode, batches)]
-
-    def left(self) -> list[Entry]:
-        """Return what is obsolete, with the packs of which nothing is needed."""
-        return [*self.obsolete, *(Entry(name, 0, 0, 0) for name in self.dead_packs())]
 
     def _serials_of(self, keys: list[Any]) -> list[int]:
         rows = gather(self.rows, keys)
@@ -324,7 +277,7 @@ class Ledger:
         for frame in frames:
             deque(map(self._note_pickled, frame.blocks), maxlen=0)
         for puts in blocks:
-            rows = self._add_rows(puts, array("Q", self._serials_of(puts.keys)))
+            rows = self._add_rows(*puts[1:], self._serials_of(puts.keys))
             gone += self._replace(puts.keys, rows)
         self._retire(retired)
         self.serializers[serializer[0]] = serializer[1]
@@ -369,28 +322,10 @@ class Ledger:
         nbytes = sum(map(len, map(pickle.dumps, plain, repeat(3))))  # without frames
         return nbytes + each * (len(keys) - len(plain))
 
-    def _add_rows(self, puts: Puts, serials: array[int]) -> range:
-        """Add rows; return their numbers."""
-        base, n = len(self._files), len(puts.keys)
-        if isinstance(puts.files, str):
-            self._fill(puts.files, puts.lengths)
-            self._files += [puts.files] * n
-        else:
-            self._note_capitals(puts.files)
-            self._files += puts.files
-        self._places.extend(puts.places)
-        self._lengths.extend(puts.lengths)
-        self._digests.extend(puts.digests)
-        self._serials += serials
-        return range(base, base + n)
-
-    def _fill(self, pack: str, lengths: Iterable[int]) -> None:
-        self.packs[pack] = self.packs.get(pack, 0) + sum(lengths)
-
     def take(self, entries: dict[Any, Entry]) -> None:
         """Take in what an index of another format says."""
         if entries:
-            rows = self._add_rows(Puts.of(entries), array("Q", range(len(entries))))
+            rows = self._add_rows(*Puts.of(entries)[1:], range(len(entries)))
             self.rows.update(zip(entries, rows, strict=True))
         self._next_serial = len(entries)
 
@@ -478,33 +413,11 @@ class Ledger:
                 self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
 
-    def _retire(self, rows: Iterable[int]) -> None:
-        """Take note that the values of these rows are needed no more."""
-        files, packs = self._files, self.packs
-        for row in rows:
-            if row < 0:
-                continue
-            file = files[row]
-            if file in packs:
-                packs[file] -= self._lengths[row]
-                self.retired += self._lengths[row]
-            else:
-                self.obsolete.append(self.entry(row))
-                self.folded.discard(file.lower())
-
     def _put(self, block: Block) -> int:
         """Add the rows of a block; return how many bytes of the log that made history."""
-        base = len(self._files)
         self._note_order(block.serials)
-        if block.pack is None:
-            self._note_capitals(block.files)
-        else:
-            self._fill(block.pack, block.lengths)
-        self._files += block.files
-        self._places += block.places
-        self._lengths += block.lengths
-        self._digests += block.digests
-        self._serials.extend(block.serials)
+        columns = (block.places, block.lengths, block.digests, block.serials)
+        base = self._add_rows(block.pack or block.files, *columns).start
         self._note_pickled(block)
         again = [*filter(self.unreadable.__contains__, block.keys.pickled)]
         gone = self._nbytes(sum(map(len, again)), gather(self.unreadable, again))
@@ -596,20 +509,6 @@ class Ledger:
                 order.sort(key=lambda n: (serials[n], rows[n] < 0, spelled[n]))
             self.rows = dict(zip(gather(keys, order), gather(rows, order), strict=True))
             self._in_order = True
-
-    def forget_folders(self, names: Iterable[str]) -> None:
-        """Note that folders have gone."""
-        self.folded.difference_update(name.lower() for name in names)
-
-    def _note_capitals(self, names: list[str]) -> None:
-        every = "/".join(names)
-        if every == every.lower():
-            return
-        for name in names:
-            way = name
-            while way and way != way.lower():
-                self.folded.add(way.lower())
-                way = way.rpartition("/")[0]
 
     def check(self) -> None:
         """Assert every invariant."""
