@@ -290,14 +290,18 @@ class Loading(Changes):
 
     def _admit(self, key: Hashable, value: Any, size: int, uses: float, stream: bool) -> None:
         """Make a stored value resident if it may be, and put it in this thread's hand."""
-        room = self.available - self.eviction.total if stream else self.available
+        loose = changeable(value)
+        fits = size <= self.available
+        if stream:  # what is resident has the room, and small values come back many at a time
+            fits = size <= self.available - self.eviction.total
+            fits = fits and (loose or not self.ledger.is_packed(key))
         self._note(key)
         hands = self._hands
-        if size > room or changeable(value):
+        if loose or not fits:
             hands.hold(key, value)
         else:
             hands.empty()
-        if size <= room:
+        if fits:
             self._enter(key, value, size, uses)
         else:
             hands.leave(key, value)

@@ -25,7 +25,7 @@ from chest.columns import is_plain
 from chest.errors import ChestClosedError, KeyTypeError, locating, say, told
 from chest.eviction import Eviction
 from chest.hands import Hands
-from chest.ledger import Ledger
+from chest.ledger import UNSAVED, Ledger
 from chest.loads import Loads
 from chest.options import Options
 from chest.serialize import Serializer, changeable
@@ -106,6 +106,7 @@ class Residents(ABC):
         self.meter = Meter()
         self.readonly = self.options.readonly
         self._torn = False  # by an interrupt in the midst of an operation
+        self._outdated = 0  # bytes that the disk holds of what was replaced or deleted since
         self.in_transaction = False
         self._inside: set[Any] = set()  # keys whose values a transaction may have changed
         self.ledger = Ledger(self.serializer.trusts_pickle)
@@ -307,9 +308,16 @@ class Residents(ABC):
         """Delete a key without reading its value; needs the lock."""
         self.ledger.demand_quiet()
         with self:
+            self._outdate(key)
             self._hide(key)  # first, so that no hit finds what `in` does not
             self.ledger.delete(key)
             self._forget(key)
+
+    def _outdate(self, key: Hashable) -> None:
+        """Count what the disk holds of a value that is about to be replaced or deleted."""
+        row = self.ledger.rows.get(key, UNSAVED)
+        if row >= 0 and key not in self.dirty:
+            self._outdated += self.ledger.length(row)
 
     def _forget(self, key: Hashable) -> None:
         self.dirty.pop(key, None)
@@ -323,6 +331,7 @@ class Residents(ABC):
         with self:
             self._fixed = {}  # first, so that no hit finds what `in` does not
             self._arm()
+            self._outdated += self.ledger.nbytes()
             self.ledger.clear()
             self._empty()
 

@@ -24,7 +24,7 @@ class Rows:
     packs : dict of str to int
         Every pack that is known, with the bytes of those of its values that are alive.
     retired : int
-        How many bytes of values in packs are needed no more since this was made.
+        How many bytes of values are needed no more since this was made.
     """
 
     def __init__(self) -> None:
@@ -60,6 +60,10 @@ class Rows:
         if self._places[last] + lengths[-1] - place != sum(lengths):
             return None
         return file, place, lengths, self._digests[first : last + 1]
+
+    def nbytes(self) -> int:
+        """Return how many bytes all values have, those among them that are needed no more."""
+        return sum(self._lengths)
 
     def dead_packs(self) -> list[str]:
         """Return the packs of which the committed state needs nothing."""
@@ -103,9 +107,9 @@ class Rows:
             if row < 0:
                 continue
             file = files[row]
+            self.retired += self._lengths[row]
             if file in packs:
                 packs[file] -= self._lengths[row]
-                self.retired += self._lengths[row]
             else:
                 self.obsolete.append(self.entry(row))
                 self.folded.discard(file.lower())

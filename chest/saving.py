@@ -193,8 +193,10 @@ class Saving(Loading):
             if not same or not values.keys() <= self.dirty.keys():
                 get, dirty = self.inmem.get, self.dirty
                 batch.remove({k for k, v in values.items() if get(k) is not v or k not in dirty})
+            retired = store.ledger.retired
             store.commit(batch)
             self._look(store)
+            self._outdated = max(self._outdated + retired - store.ledger.retired, 0)
             saved = batch.keys()
             self.meter.writes += len(saved)
             self.meter.bytes_written += batch.nbytes

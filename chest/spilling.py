@@ -21,6 +21,7 @@ from chest.serialize import changeable
 logger = logging.getLogger("chest")
 
 SLACK = 16  # one part in so many of the budget is made free at a time
+OUTDATED = 32 << 20  # bytes on disk that may wait for a commit that frees them
 WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
 
 
@@ -37,6 +38,37 @@ class Spilling(Saving):
             self.put(key, value, size)
             if self.eviction.total > self.available:
                 self._spill(key)
+            if self._outdated > OUTDATED:
+                self._free_disk()
+
+    def delete(self, key: Hashable) -> None:
+        """Delete a key without reading its value; needs the lock."""
+        if self._outdated > OUTDATED:  # not after it: its value may be set under another key next
+            with self:
+                self._free_disk()
+        super().delete(key)
+
+    def clear(self) -> None:
+        """Delete every key without reading a value; needs the lock."""
+        super().clear()
+        if self._outdated > OUTDATED:
+            with self:
+                self._free_disk()
+
+    def _free_disk(self) -> None:
+        """Commit where the disk holds much that was replaced or deleted since the last commit.
+
+        That is more than all that is in memory, which may have to be written for it.
+        """
+        if self._outdated <= OUTDATED + self.eviction.total or self.in_transaction:
+            return
+        self._outdated = 0  # first: that is not tried again at once
+        aside = {*self.eviction.aside()}
+        try:
+            self._report(self._save([*filterfalse(aside.__contains__, self.dirty)], stop=True))
+        except OSError as error:
+            message = "what was replaced or deleted still takes room on disk: %s"
+            self._say_once(("outdated", error.errno), message, say(error))
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
@@ -45,6 +77,7 @@ class Spilling(Saving):
             self.ledger.add(key)
         elif type(key) is not str:
             self._check_key(key)
+        self._outdate(key)
         self._note(key)
         uses = self.eviction.uses(key)
         self.dirty[key] = None

@@ -42,7 +42,7 @@ class Upkeep(Reading, ABC):
         self._swept_staging = False
         self._unsure: list[Entry] = []  # left files of which nobody could tell whose they are
         self._compact_from = COMPACT_BYTES
-        self._tolerated = 0  # bytes retired from packs before waste is looked for
+        self._tolerated = 0  # bytes retired before waste in packs is looked for
         self._turned = 0  # the turnover of the log when the lock was taken
         self._measured = (0, 0, 0, 0)  # bytes, those needed, records, keys: at the last look
         super().__init__(path, serializer, options, reopen=reopen)
@@ -130,21 +130,19 @@ class Upkeep(Reading, ABC):
         packs = self.ledger.packs
         if self.ledger.retired < self._tolerated:
             return
-        sizes = {name: self.packs.size(name) for name in packs}
-        excess = sum(sizes.values()) - 2 * sum(packs.values())
-        if excess >= WASTE:
-            self._repack({name for name, alive in packs.items() if 2 * alive < sizes[name]})
-            excess = 0
-        # Of a byte that is retired there is one more dead and one less alive.
-        self._tolerated = self.ledger.retired + (WASTE - excess) // 2
-
-    def _repack(self, names: set[str]) -> None:
+        excess = 0
         try:
-            self.repack(names)
+            sizes = {name: self.packs.size(name) for name in packs}
+            excess = sum(sizes.values()) - 2 * sum(packs.values())
+            if excess >= WASTE:
+                excess = 0
+                self.repack({name for name, alive in packs.items() if 2 * alive < sizes[name]})
         except OSError as error:
             logger.warning("the packs in %s could not be compacted: %s", self.directory.path, error)
             self.catch_up()  # it counts if all that failed is the last fsync
         self._remove_dead_packs()
+        # Of a byte that is retired there is one more dead and one less alive.
+        self._tolerated = self.ledger.retired + (WASTE - excess) // 2
 
     def repack(self, names: set[str]) -> None:
         """Commit, with what is alive in certain packs copied to others.

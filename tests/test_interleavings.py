@@ -475,7 +475,7 @@ COMMIT_STEPS = {
     "acknowledge": (Index, "acknowledge"),
     "remove what is obsolete": (Directory, "remove"),
     "remove a dead pack": (Packs, "forget"),
-    "copy the living out of packs": (Store, "_repack"),
+    "copy the living out of packs": (Store, "repack"),
     "publish the copies": (Index, "publish", 1),
     "compact the index": (Index, "replace"),
     "release the lock of the index": (Index, "_unlock"),
