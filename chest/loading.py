@@ -19,7 +19,7 @@ from chest.columns import Entry
 from chest.errors import CorruptValueError
 from chest.eviction import READ_ONCE
 from chest.index import Index
-from chest.ledger import UNSAVED
+from chest.ledger import UNSAVED, Ledger
 from chest.residents import MISSING
 from chest.serialize import changeable
 
@@ -174,32 +174,7 @@ class Loading(Changes):
             except Exception:  # noqa: BLE001 -- a pickle raises anything; `fetch` reads it again
                 return MISSING
             self.meter.read(1, len(stream), perf_counter() - started)
-            size = self.measure(value)
-            fixed = not changeable(value)
-            digest = where[3] if fixed else self._digest_as_loaded(value, Entry(*where))
-            with self.lock:
-                try:
-                    if self.ledger is not ledger or self.head[1] != self.seen:
-                        return MISSING
-                    if (
-                        fixed
-                        and ledger.rows.get(key) == row
-                        and key not in self.inmem
-                        and key not in self._hands.left
-                        and not self._hands.held
-                        and self.eviction.total + size <= self.available
-                    ):
-                        self._keep_fixed(key, value)
-                        self.eviction.enroll(key, size, READ_ONCE)
-                        taken = True
-                    else:
-                        taken = self._take_in(
-                            key, Entry(*where), value, size, digest, READ_ONCE, False
-                        )
-                    threads.pop(key, None)  # before anybody else gets the lock
-                except BaseException as error:
-                    self.__exit__(type(error))
-                    raise
+            taken = self._take_packed(key, value, row, where, ledger)
         finally:
             if not taken:
                 try:  # with no call before: interrupts come with calls
@@ -209,6 +184,42 @@ class Loading(Changes):
                     pass  # it was taken out
             self._loads.tell()
         return value if taken else MISSING
+
+    def _take_packed(
+        self,
+        key: Hashable,
+        value: Any,
+        row: int,
+        where: tuple[str, int, int, int],
+        ledger: Ledger,
+    ) -> bool:
+        """Make a value resident that a row of a ledger leads to, unless there are news."""
+        size = self.measure(value)
+        fixed = not changeable(value)
+        digest = where[3] if fixed else self._digest_as_loaded(value, Entry(*where))
+        with self.lock:
+            try:
+                if self.ledger is not ledger or self.head[1] != self.seen:
+                    return False
+                if (
+                    fixed
+                    and ledger.rows.get(key) == row
+                    and key not in self.inmem
+                    and key not in self._hands.left
+                    and not self._hands.held
+                    and self.eviction.total + size <= self.available
+                ):
+                    self._keep_fixed(key, value)
+                    self.eviction.enroll(key, size, READ_ONCE)
+                    taken = True
+                else:
+                    entry = Entry(*where)
+                    taken = self._take_in(key, entry, value, size, digest, READ_ONCE, False)
+                self._loads.threads.pop(key, None)  # before anybody else gets the lock
+                return taken
+            except BaseException as error:
+                self.__exit__(type(error))
+                raise
 
     def _take_in(
         self,
