@@ -191,6 +191,8 @@ class Status(Sized):
             keys, nbytes = len(self), memory.eviction.total
         except ChestClosedError:  # by another thread
             return f"<closed chest at {where}>"
+        except (ChestError, OSError) as error:  # a debugger or a traceback asks for no more errors
+            return f"<chest at {where}: {say(error)}>"
         return (
             f"<chest at {where}: {keys:,} keys, {nbytes:,} of "
             f"{memory.available:,.0f} bytes in memory>"

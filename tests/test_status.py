@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from chest import Chest, ChestClosedError
+from chest import Chest, ChestClosedError, CorruptIndexError
 from chest.stats import Stats
 
 
@@ -357,6 +357,22 @@ def test_a_chest_that_another_thread_closes_is_shown_as_closed(path, monkeypatch
 
     monkeypatch.setattr(Chest, "__len__", closing)
     assert repr(c) == f"<closed chest at {path}>"
+
+
+def test_a_chest_whose_index_is_damaged_is_shown_as_such(path):
+    with Chest({"x": 1}, path) as c:
+        c.flush()
+        with open(os.path.join(path, ".keys"), "r+b", buffering=0) as file:
+            head = file.read(16)
+            file.seek(8)
+            file.write(bytes([head[8] ^ 1]))
+            with pytest.raises(CorruptIndexError):
+                len(c)
+            assert repr(c).startswith(f"<chest at {path}: CorruptIndexError: ")
+            assert "\n" not in repr(c)
+            file.seek(8)
+            file.write(head[8:])
+        assert "1 keys" in repr(c)
 
 
 def test_a_hook_that_sets_more_than_left_makes_nothing_free():
