@@ -185,7 +185,7 @@ class Changes(Residents):
         size = 0 if key in self.inmem else self.measure(value)
         if key not in self.ledger.rows or self.in_memory(key) is not value:
             return  # what measured or pickled it replaced or deleted it
-        self.dirty[key] = None
+        self.dirty.setdefault(key, 0)
         if key not in self.inmem:
             self._enter(key, value, size, 1)
 
@@ -260,5 +260,5 @@ class Changes(Residents):
         value = self.inmem[key]
         changed = self._differs(key, value, self.ledger.digest(key))
         if changed and self.inmem.get(key, MISSING) is value:
-            self.dirty[key] = None
+            self.dirty[key] = 0
         return changed

@@ -200,7 +200,7 @@ class Chest(Status, MutableMapping[K, V]):
 
     def __delitem__(self, key: K) -> None:
         with self.lock:
-            self._memory.begin("delete a key")
+            self._memory.begin_to_delete("delete a key")
             self._memory.delete(key)
 
     def __contains__(self, key: object) -> bool:
@@ -245,7 +245,7 @@ class Chest(Status, MutableMapping[K, V]):
         try:
             self[key]  # so that a read does not hold the lock
             with self.lock:
-                self._memory.begin("pop a key")
+                self._memory.begin_to_delete("pop a key")
                 value = self[key]
                 self._memory.delete(key)
         except KeyError:
@@ -272,7 +272,7 @@ class Chest(Status, MutableMapping[K, V]):
         raise KeyError("popitem(): the chest is empty")
 
     def _last(self) -> Any:
-        self._memory.begin("pop a key")
+        self._memory.begin_to_delete("pop a key")
         self._memory.ledger.sort()
         return next(reversed(self._memory.ledger.rows), _MISSING)
 

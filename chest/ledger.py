@@ -74,6 +74,8 @@ class Ledger(Rows):
     changed : dict
         Keys that others replaced or deleted, with the digests of the values they had here; for
         the user of the ledger to act on, and to take out.
+    is_recording : bool
+        Whether a commit is being recorded.
     """
 
     def __init__(self, trusted: bool) -> None:
@@ -89,7 +91,7 @@ class Ledger(Rows):
         self._pickled = self._pickles = 0  # bytes and number of keys that need a class, as read
         self._next_serial = 0
         self._in_order = True
-        self._recording = False
+        self.is_recording = False
         self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
         self._cleared: dict[Any, int] | None = None  # not committed yet: what `rows` was
 
@@ -125,13 +127,13 @@ class Ledger(Rows):
         RuntimeError
             If a key that is pickled for it, or what names its file, is the one who asks.
         """
-        if self._recording:
+        if self.is_recording:
             who = "what pickles a key, or names its file, for a commit"
             raise RuntimeError(f"{who} must not delete keys or commit itself")
 
     def mend(self) -> None:
         """Put right what an interrupt left half done: a key is what `rows` says."""
-        self._recording = False
+        self.is_recording = False
         if self._cleared is self.rows:
             self._cleared = None
         stored = dict(self.stored())
@@ -188,11 +190,11 @@ class Ledger(Rows):
     @block
     def recording(self) -> Steps:
         """Have whoever deletes or commits in the block refused by `demand_quiet`."""
-        self._recording = True
+        self.is_recording = True
         try:
             yield
         finally:
-            self._recording = False
+            self.is_recording = False
 
     def encode(
         self, blocks: Iterable[Puts], serializer: tuple[str, bool | None], *, first: bool = True

@@ -162,6 +162,7 @@ class Memory(Spilling):
                 else:
                     self._forget(key)
                 del changed[key]
+            self._outdated = self._shrunk
             self._isolate(False)
             store.index.release()
         except BaseException:
@@ -352,7 +353,7 @@ class Memory(Spilling):
         self.readonly = False  # what is asked of it from now on meets `closed`
         closed: Any = Closed(self.path)
         self.inmem = self._fixed = self.ledger = self.eviction = closed
-        self.dirty, self._loose, self._hands = {}, {}, Hands()
+        self.dirty, self._shrunk, self._loose, self._hands = {}, 0, {}, Hands()
         if self._store is not None:
             self._store.close()
             self._store = None
@@ -377,6 +378,7 @@ class Memory(Spilling):
         assert (self.quick[:2], mark) == ((self.head, self.seen), (self.eviction.marks.add,))
         assert self.quick[2] is self._fixed or self.in_transaction
         assert self.dirty.keys() <= self.inmem.keys(), "a dirty value is not resident"
+        assert self._outdated >= self._shrunk == sum(self.dirty.values())
         assert self.inmem.keys() <= rows.keys(), "a resident value has no key"
         unsaved = {key for key, row in rows.items() if row < 0}
         assert unsaved <= self.dirty.keys(), "a value is nowhere"

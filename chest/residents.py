@@ -37,11 +37,12 @@ logger = logging.getLogger("chest")
 
 OPENING_BYTES = 4096  # about what a directory with an empty index takes
 PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of these can be"
+OUTDATED = 32 << 20  # bytes on disk that may wait for a commit that frees them
 NEVER = -1  # what the head never holds: every operation finds a difference, and catches up
 
 MISSING: Any = object()
 
-_ANYWHERE = (MemoryError, RecursionError)  # exceptions that can come at any instruction
+ANYWHERE = (MemoryError, RecursionError)  # exceptions that can come at any instruction
 
 _left_to_parent: list[Any] = []
 
@@ -106,7 +107,8 @@ class Residents(ABC):
         self.meter = Meter()
         self.readonly = self.options.readonly
         self._torn = False  # by an interrupt in the midst of an operation
-        self._outdated = 0  # bytes that the disk holds of what was replaced or deleted since
+        self._outdated = 0  # bytes by which a commit would make what is on disk less
+        self._free_from = OUTDATED
         self.in_transaction = False
         self._inside: set[Any] = set()  # keys whose values a transaction may have changed
         self.ledger = Ledger(self.serializer.trusts_pickle)
@@ -123,7 +125,8 @@ class Residents(ABC):
         self._loose: dict[Any, None] = {}  # the keys of the others
         self._touched: dict[Any, tuple[int, int]] = {}
         self._as_loaded: dict[Any, int | None] = {}
-        self.dirty: dict[Any, None] = {}
+        self.dirty: dict[Any, int] = {}  # with the bytes that the disk holds beyond their sizes
+        self._shrunk = 0  # the sum of these
         self._hands = Hands()
         self.eviction = Eviction(self.available)
         self._arm()
@@ -138,7 +141,7 @@ class Residents(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and (not issubclass(kind, Exception) or issubclass(kind, _ANYWHERE)):
+        if kind is not None and (not issubclass(kind, Exception) or issubclass(kind, ANYWHERE)):
             self._tear()
 
     def _tear(self) -> None:
@@ -159,8 +162,10 @@ class Residents(ABC):
         for key in [key for key, row in rows.items() if row < 0]:
             if key not in self.inmem:
                 self.ledger.delete(key)
-            self.dirty[key] = None
-        self.dirty = {key: None for key in self.dirty if key in self.inmem}
+            self.dirty.setdefault(key, 0)
+        self.dirty = {key: more for key, more in self.dirty.items() if key in self.inmem}
+        self._shrunk = sum(self.dirty.values())
+        self._outdated = max(self._outdated, self._shrunk)
         self._as_loaded = {key: d for key, d in self._as_loaded.items() if key in rows}
         self._hands.mend(rows, self.inmem)
         self._loads.mend()
@@ -308,19 +313,26 @@ class Residents(ABC):
         """Delete a key without reading its value; needs the lock."""
         self.ledger.demand_quiet()
         with self:
-            self._outdate(key)
             self._hide(key)  # first, so that no hit finds what `in` does not
+            row = self.ledger.rows.get(key, UNSAVED)
             self.ledger.delete(key)
+            self._outdated += self.ledger.length(row) if row >= 0 else 0
             self._forget(key)
 
-    def _outdate(self, key: Hashable) -> None:
-        """Count what the disk holds of a value that is about to be replaced or deleted."""
-        row = self.ledger.rows.get(key, UNSAVED)
-        if row >= 0 and key not in self.dirty:
-            self._outdated += self.ledger.length(row)
+    def _soil(self, key: Hashable, size: int) -> None:
+        """Mark a value as one that the disk does not hold, which has something else for its key."""
+        row = self.ledger.rows[key]
+        more = max(self.ledger.length(row) - size, 0) if row >= 0 else 0
+        self._count_outdated(more - self.dirty.get(key, 0))
+        self.dirty[key] = more
+
+    def _count_outdated(self, more: int) -> None:
+        self._shrunk += more
+        self._outdated += more
 
     def _forget(self, key: Hashable) -> None:
-        self.dirty.pop(key, None)
+        if more := self.dirty.pop(key, 0):
+            self._count_outdated(-more)
         self._as_loaded.pop(key, None)
         self._leave(key)
         self._hands.forget(key)
@@ -331,9 +343,9 @@ class Residents(ABC):
         with self:
             self._fixed = {}  # first, so that no hit finds what `in` does not
             self._arm()
-            self._outdated += self.ledger.nbytes()
             self.ledger.clear()
             self._empty()
+            self._outdated = self.ledger.alive()
 
     # -- for the subclasses ------------------------------------------------------------------------
 

@@ -61,9 +61,9 @@ class Rows:
             return None
         return file, place, lengths, self._digests[first : last + 1]
 
-    def nbytes(self) -> int:
-        """Return how many bytes all values have, those among them that are needed no more."""
-        return sum(self._lengths)
+    def alive(self) -> int:
+        """Return how many bytes the values have that are needed as of the last commit."""
+        return sum(self._lengths) - self.retired
 
     def dead_packs(self) -> list[str]:
         """Return the packs of which the committed state needs nothing."""

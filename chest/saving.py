@@ -18,6 +18,7 @@ from chest.ledger import UNSAVED
 from chest.loading import Loading
 from chest.packs import MANY, PACKED
 from chest.progress import Tally
+from chest.residents import OUTDATED
 from chest.serialize import UndumpableError
 from chest.staging import STREAM_BYTES, Batch
 from chest.store import Store
@@ -193,10 +194,8 @@ class Saving(Loading):
             if not same or not values.keys() <= self.dirty.keys():
                 get, dirty = self.inmem.get, self.dirty
                 batch.remove({k for k, v in values.items() if get(k) is not v or k not in dirty})
-            retired = store.ledger.retired
             store.commit(batch)
             self._look(store)
-            self._outdated = max(self._outdated + retired - store.ledger.retired, 0)
             saved = batch.keys()
             self.meter.writes += len(saved)
             self.meter.bytes_written += batch.nbytes
@@ -205,7 +204,8 @@ class Saving(Loading):
                 saved = [key for key in saved if self.inmem.get(key) is values[key]]
             if self._as_loaded:
                 deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
-            deque(map(self.dirty.pop, saved), maxlen=0)
+            self._shrunk -= sum(map(self.dirty.pop, saved))
+            self._outdated, self._free_from = self._shrunk, OUTDATED
             if not self.dirty:
                 self.dirty.clear()  # a dict that was large takes long to be looked through
             store.tidy()
@@ -247,6 +247,7 @@ class Saving(Loading):
                     self.eviction = Eviction(self.available)  # this one may be torn, too
                     self._forget_all(store, keys)
                     raise
+                self._outdated = self._shrunk
                 store.tidy()
                 self._look(store)
         except BaseException:
@@ -292,6 +293,7 @@ class Saving(Loading):
                     batch.files[key] = store.stage_stream(stream)
                     store.commit(batch)
                     self._look(store)
+                    self._outdated = self._shrunk
                     store.tidy()
                     self._look(store)
         finally:

@@ -15,13 +15,13 @@ from typing import Any
 from chest.columns import gather
 from chest.errors import UnsavedError, say, show
 from chest.progress import Tally
+from chest.residents import ANYWHERE, OUTDATED
 from chest.saving import Saving
 from chest.serialize import changeable
 
 logger = logging.getLogger("chest")
 
 SLACK = 16  # one part in so many of the budget is made free at a time
-OUTDATED = 32 << 20  # bytes on disk that may wait for a commit that frees them
 WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
 
 
@@ -38,37 +38,46 @@ class Spilling(Saving):
             self.put(key, value, size)
             if self.eviction.total > self.available:
                 self._spill(key)
-            if self._outdated > OUTDATED:
+            if self._outdated > self._free_from:
                 self._free_disk()
 
-    def delete(self, key: Hashable) -> None:
-        """Delete a key without reading its value; needs the lock."""
-        if self._outdated > OUTDATED:  # not after it: its value may be set under another key next
-            with self:
-                self._free_disk()
-        super().delete(key)
+    def begin_to_delete(self, action: str) -> None:
+        """Start an operation that deletes a key, as `begin` does; needs the lock.
+
+        What is deleted may be set under another key next. So what was deleted before is committed
+        now, and nothing where a value is in nobody's hands but the user's.
+        """
+        self.begin(action)
+        if self._outdated > self._free_from:
+            self._free_disk()
 
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
         super().clear()
-        if self._outdated > OUTDATED:
-            with self:
-                self._free_disk()
+        if self._outdated > self._free_from:
+            self._free_disk()
 
     def _free_disk(self) -> None:
-        """Commit where the disk holds much that was replaced or deleted since the last commit.
+        """Commit everything where that makes what is on disk much less.
 
-        That is more than all that is in memory, which may have to be written for it.
+        That is more than all that is in memory, which may have to be written for it. Nobody asked
+        for it, and so nobody is told of an error but the log.
         """
-        if self._outdated <= OUTDATED + self.eviction.total or self.in_transaction:
+        busy = self.in_transaction or self.ledger.is_recording
+        if busy or self._outdated <= self._free_from + self.eviction.total:
             return
-        self._outdated = 0  # first: that is not tried again at once
         aside = {*self.eviction.aside()}
         try:
-            self._report(self._save([*filterfalse(aside.__contains__, self.dirty)], stop=True))
-        except OSError as error:
+            with self:
+                unsaved = self._save([*filterfalse(aside.__contains__, self.dirty)], stop=True)
+                self._report(self._set_aside(unsaved))
+                self._outdated = self._shrunk
+        except ANYWHERE:
+            raise
+        except Exception as error:  # noqa: BLE001 -- what opens and dumps is theirs; it is said
             message = "what was replaced or deleted still takes room on disk: %s"
-            self._say_once(("outdated", error.errno), message, say(error))
+            self._say_once(("outdated", type(error)), message, say(error))
+        self._free_from = self._outdated + OUTDATED  # not again at once
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
@@ -77,10 +86,9 @@ class Spilling(Saving):
             self.ledger.add(key)
         elif type(key) is not str:
             self._check_key(key)
-        self._outdate(key)
         self._note(key)
         uses = self.eviction.uses(key)
-        self.dirty[key] = None
+        self._soil(key, size)
         self._discard(key)
         self._enter(key, value, size, max(uses, 1))
         if changeable(value):
@@ -102,6 +110,7 @@ class Spilling(Saving):
                 or self._hands.held
                 or eviction.total + size > self.available
                 or self.readonly
+                or self._outdated > self._free_from
             ):
                 return False
             if key not in ledger.rows:
@@ -111,7 +120,8 @@ class Spilling(Saving):
                 new = False
             else:
                 return False
-            self.dirty[key] = None
+            if new or key not in self.dirty:
+                self.dirty[key] = 0
             self.inmem[key] = value
             if self._fixed is not self.inmem:
                 self._fixed[key] = value
@@ -193,9 +203,7 @@ class Spilling(Saving):
             self.eviction.stay(key for key in keys if key in self.eviction)
             self._stay_in_hand(held)
             raise
-        unsaved = {key: error for key, error in unsaved.items() if key in self.dirty}
-        for key in unsaved:
-            self.eviction.set_aside(key, self.eviction.discard(key))
+        unsaved = self._set_aside(unsaved)
         clean = [*filterfalse(self.dirty.__contains__, filter(self.inmem.__contains__, keys))]
         # What a hook set in the place of a value that cannot change stays, if it can.
         self._let_go([*filterfalse(self._loose.__contains__, clean)] if self._loose else clean)
@@ -209,6 +217,15 @@ class Spilling(Saving):
             for key in keys:
                 if key not in unsaved:
                     self.options.on_overflow(key)
+        return unsaved
+
+    def _set_aside(self, unsaved: dict[Any, Exception]) -> dict[Any, Exception]:
+        """Let what could not be written not be tried again soon; return what of it is dirty."""
+        unsaved = {key: error for key, error in unsaved.items() if key in self.dirty}
+        for key in unsaved:
+            self.eviction.set_aside(key, self.eviction.discard(key))
+            self._count_outdated(-self.dirty[key])
+            self.dirty[key] = 0
         return unsaved
 
     def _let_go(self, keys: list[Any]) -> None:

@@ -6,8 +6,10 @@ import os
 import pytest
 from test_memory import Stubborn, refusing
 
+import chest.residents
+import chest.saving
 import chest.spilling
-from chest import Chest
+from chest import Chest, UnsavedError
 
 N, SIZE, LIMIT = 100, 1000, 10_000
 
@@ -15,7 +17,8 @@ N, SIZE, LIMIT = 100, 1000, 10_000
 @pytest.fixture(autouse=True)
 def scarce(monkeypatch):
     """A disk of which little may be taken by what is out of date."""
-    monkeypatch.setattr(chest.spilling, "OUTDATED", LIMIT)
+    for module in (chest.residents, chest.saving, chest.spilling):
+        monkeypatch.setattr(module, "OUTDATED", LIMIT)
 
 
 @pytest.fixture(params=[0, 5000, 1e9])
@@ -167,3 +170,226 @@ def test_what_cannot_be_written_keeps_nothing_else_from_the_disk(filled, caplog)
     assert "'bad' stays in memory" in told[0]
     c._check()
     del c["bad"]
+
+
+def unsavable(c):
+    for n in range(N):
+        c[f"k{n}"] = lambda: 0
+
+
+def of_the_same_size(c):
+    for n in range(N):
+        c[f"k{n}"] = b"\7" * SIZE
+
+
+def changed_in_place(c):
+    for n in range(N):
+        c[f"k{n}"] = [b"\7" * SIZE]
+    c.flush()
+    for n in range(N):
+        c[f"k{n}"].append(lambda: 0)
+    with pytest.raises(UnsavedError):
+        c.flush()
+
+
+def set_elsewhere_meanwhile(c):
+    for n in range(N):
+        c[f"k{n}"] = [n]
+    values = {f"k{n}": b"\7" * SIZE for n in range(N)}
+    with Chest(values, c.path, open=open_like_builtin):
+        pass
+    assert len(c) == N
+
+
+def reverted(c):
+    with pytest.raises(LookupError), c.transaction():
+        of_the_same_size(c)
+        raise LookupError
+
+
+states = pytest.mark.parametrize(
+    "change",
+    [unsavable, of_the_same_size, changed_in_place, set_elsewhere_meanwhile, reverted],
+)
+
+
+@pytest.fixture
+def named(path):
+    """A chest with files for its values, all of which are in memory, too."""
+    c = Chest({f"k{n}": bytes([n]) * SIZE for n in range(N)}, path, open=open_like_builtin)
+    c.flush()
+    yield c
+    c._check()
+    c.drop()
+
+
+@states
+def test_what_is_deleted_frees_the_disk_whatever_had_become_of_it(named, change):
+    c = named
+    change(c)
+    for n in range(N):
+        del c[f"k{n}"]
+    assert on_disk(c) < LIMIT + 2 * SIZE
+
+
+@states
+def test_what_is_replaced_frees_the_disk_whatever_had_become_of_it(named, change):
+    c = named
+    change(c)
+    for n in range(N):
+        c[f"k{n}"] = b""
+    assert on_disk(c) < LIMIT + c.memory_usage + 2 * SIZE
+
+
+def test_what_leaves_in_the_meantime_hides_nothing_that_stays(path):
+    with Chest(path=path, available_memory=60_000) as c:
+        for n in range(2 * N):
+            c[n] = bytes(SIZE)
+        for n in range(40):
+            c[f"m{n}"] = bytearray(SIZE)
+        c.flush()
+        for n in range(2 * N):
+            c[n] = [n]
+            c[f"m{n % 40}"][0] = n
+        assert on_disk(c) < 40 * SIZE + LIMIT + c.memory_usage + 2 * N * SIZE // 4
+        c._check()
+
+
+def test_the_last_large_value_frees_the_disk_with_the_next_set(path):
+    with Chest({"big": bytes(N * SIZE)}, path) as c:
+        c.flush()
+        del c["big"]
+        c["x"] = b"1"
+        assert on_disk(c) < SIZE
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, EOFError, OSError])
+def test_deleting_raises_nothing_that_opens_a_file_raises(path, error, caplog):
+    fails = False
+
+    def open_file(path, mode):
+        if fails and "r" not in mode:
+            raise error("no")
+        return open(path, mode)
+
+    with Chest({"big": bytes(N * SIZE), "k": ["old"]}, path, open=open_file) as c:
+        c.flush()
+        del c["big"]
+        fails = True
+        c.update(new=[1])
+        del c["k"]
+        assert dict(c) == {"new": [1]}
+        c._check()
+        fails = False
+    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(told) == 1
+    assert f"{error.__name__}: " in told[0]
+
+
+class Acts:
+    """Does something the first time that it is pickled."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __reduce__(self):
+        act, self.act = self.act, None
+        if act:
+            act()
+        return Acts, (None,)
+
+
+@pytest.mark.parametrize("take", [Chest.pop, Chest.__delitem__])
+@pytest.mark.parametrize("change", ["set", "delete", "clear"])
+def test_what_is_pickled_for_it_may_change_what_is_taken_out(path, take, change):
+    acts = {
+        "set": lambda: c.update(k=["new"]),
+        "delete": lambda: c.pop("k"),
+        "clear": lambda: c.clear(),
+    }
+    with Chest({"big": bytes(N * SIZE), "k": ["old"]}, path) as c:
+        c.flush()
+        c["acts"] = Acts(acts[change])
+        del c["big"]
+        if change == "set":
+            assert take(c, "k") in (["new"], None)
+        else:
+            with pytest.raises(KeyError):
+                take(c, "k")
+        assert "k" not in c
+        c._check()
+
+
+def test_a_name_may_be_given_by_what_sets_a_value(path):
+    def name(key):
+        if key == 900:
+            c["count"] = [1]
+        return f"k{key}"
+
+    with Chest({1: bytes(N * SIZE)}, path, key_to_filename=name) as c:
+        c.flush()
+        c[900] = bytes(5000)
+        del c[1]
+        c.flush()
+        assert dict(c) == {900: bytes(5000), "count": [1]}
+
+
+# -- and nothing is written for nothing -----------------------------------------------------------
+
+
+def commits(c):
+    """What changes with every commit."""
+    return os.path.getsize(os.path.join(c.path, ".keys"))
+
+
+def test_what_was_out_of_date_long_ago_counts_no_more(path):
+    with Chest(path=path) as c:
+        for _ in range(10):
+            c["a"] = [bytes(10 * LIMIT)]
+            c.flush()
+        c.clear()
+        c.flush()
+        before = commits(c)
+        for _ in range(100):
+            c["a"] = [1]
+            c.clear()
+        assert commits(c) == before
+
+
+def test_what_was_taken_back_counts_no_more(named):
+    c = named
+    with pytest.raises(LookupError), c.transaction():
+        for n in range(N):
+            del c[f"k{n}"]
+        raise LookupError
+    before = commits(c)
+    for n in range(100):
+        c["x"] = [n]
+    assert commits(c) == before
+
+
+@pytest.mark.parametrize("how", ["update", "unpack"])
+def test_what_any_commit_freed_counts_no_more(path, how):
+    large = bytes(LIMIT - 1000)
+    values = {n: [n] for n in range(100)} | {"big": large, "more": large}
+    with Chest(values, path) as c, Chest({"y": [1]}) as other:
+        c.flush()
+        del c["big"]
+        if how == "update":
+            c.update(other)
+        else:
+            c.key_to_filename(1)
+        before = commits(c)
+        del c["more"]
+        c["x"] = [1]
+        assert commits(c) == before
+
+
+def test_text_that_is_longer_on_disk_is_not_written_again_and_again(path):
+    with Chest(dict.fromkeys(range(N), "\u4e2d" * 1000), path) as c:
+        c.flush()
+        before = commits(c)
+        for turn in "\u4e2e\u4e2f\u4e30":
+            for n in range(N):
+                c[n] = turn * 1000
+        assert commits(c) == before
