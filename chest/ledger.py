@@ -43,6 +43,7 @@ FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
 FRAME = 79  # bytes of a frame beside its records, and the name of the serializer
 RECORD = 20  # bytes of a record beside its key, and the name of its file
 PICKLED = 200  # bytes of a key that needs a class, where none was seen
+AS_SET = {str, bytes, int, type(None)}  # a key of these types stands for itself
 FEW, SHORT = 16, 20  # so few records may take more bytes than that each would among many
 
 logger = logging.getLogger("chest")
@@ -107,7 +108,7 @@ class Ledger(Rows):
         """Delete `key`; the next commit will say so."""
         row = self.rows[key]  # asks for the hash even where there is no key: see dict.__delitem__
         if row >= 0:
-            self._deleted[key] = row
+            self._deleted[self.spelled(key)] = row
         del self.rows[key]
 
     def clear(self) -> None:
@@ -118,6 +119,27 @@ class Ledger(Rows):
             cleared, deleted = self._cleared, self._deleted | dict(self.stored())
         # No call from here on: an interrupt finds all of it or nothing.
         self._cleared, self._deleted, self.rows = cleared, deleted, {}
+
+    def spelled(self, key: Any) -> Any:
+        """Return a key as it was first set, if that is a plain one.
+
+        A number of numpy's, or of an enum, finds the value of the int that it is equal to. No
+        commit may name it in the place of that: not everybody could read it.
+        """
+        if type(key) in AS_SET or (is_plain(key) and type(key) not in (bool, float)):
+            return key
+        probe = _Probe(key)
+        try:
+            known = probe in self.rows
+        except Exception:  # noqa: BLE001 -- a class of theirs compares with its own kind alone
+            return key
+        return probe.found if known and is_plain(probe.found) else key
+
+    def spell(self, keys: list[Any]) -> list[Any]:
+        """Return keys as they were first set, as `spelled` does."""
+        if AS_SET.issuperset(map(type, keys)):
+            return keys
+        return [*map(self.spelled, keys)]
 
     def demand_quiet(self) -> None:
         """Refuse what would make history of a commit that is being recorded.
@@ -519,6 +541,25 @@ class Ledger(Rows):
         assert all(~row < self._next_serial for _, row in self._unsaved())
         assert all(row < len(self._files) for row in self.rows.values())
         assert not self._deleted.keys() & dict(self.stored()).keys(), "stored and deleted"
+
+
+class _Probe:
+    """Equal to whatever a key is equal to, and takes note of it."""
+
+    __array_ufunc__ = None  # for numpy to compare with this, and with no number made of its own
+
+    def __init__(self, key: Hashable) -> None:
+        self._key = key
+        self._hash = hash(key)
+        self.found: Any = key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if same := bool(self._key == other):
+            self.found = other
+        return same
 
 
 def _load_key(data: bytes, trusted: bool) -> Hashable:

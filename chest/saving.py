@@ -277,7 +277,8 @@ class Saving(Loading):
             if self.ledger.is_packed(key):
                 self._unpack(key)
             row = self.ledger.rows.get(key, UNSAVED)
-            name = directory.name_for(key) if row < 0 else self.ledger.entry(row).file
+            spelled = self.ledger.spelled(key)
+            name = directory.name_for(spelled) if row < 0 else self.ledger.entry(row).file
             return directory.full_path(name)
 
     def _unpack(self, key: Hashable) -> None:

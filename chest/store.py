@@ -212,7 +212,8 @@ class Store(Upkeep):
         plan = Plan([], Written([], {}), [], [])
         names = Names(self.directory, self.ledger.folded)
         entries = {}
-        for key, (path, length, digest) in batch.files.items():
+        keys = self.ledger.spell([*batch.files])
+        for key, (path, length, digest) in zip(keys, batch.files.values(), strict=True):
             entries[key] = Entry(names.choose(self.directory.name_for(key)), 0, length, digest)
             plan.moves.append((path, entries[key].file))
         if entries:
@@ -224,7 +225,8 @@ class Store(Upkeep):
             lengths = list(map(len, streams))
             places = list(accumulate(lengths[:-1], initial=place))
             digests = list(map(digest_bytes, streams))
-            plan.puts.append(Puts([*batch.streams], name, places, lengths, digests))
+            keys = self.ledger.spell([*batch.streams])
+            plan.puts.append(Puts(keys, name, places, lengths, digests))
             plan.new.packs[name] = place
             plan.grown.append((name, place))
         for pack in batch.packs:
@@ -232,7 +234,7 @@ class Store(Upkeep):
             name = self.packs.new_name(self.ledger.packs)
             if not (puts := pack.puts(name)).keys:
                 continue  # all of them were taken back
-            plan.puts.append(puts)
+            plan.puts.append(puts._replace(keys=self.ledger.spell(puts.keys)))
             plan.moves.append((pack.path, name))
             plan.new.packs[name] = 0
         return plan

@@ -14,6 +14,9 @@ class ChestKeys(KeysView[K]):
 
     _mapping: Any
 
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._mapping)
+
     def __reversed__(self) -> Iterator[K]:
         return iter(reversed(self._mapping))
 

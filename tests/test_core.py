@@ -692,6 +692,16 @@ def test_values_may_be_set_while_iterating(c):
     assert c == {n: [n, n, n] for n in range(20)}
 
 
+@pytest.mark.parametrize("turn", [iter, reversed])
+def test_all_iterators_walk_the_keys_of_the_moment_when_they_are_made(c, turn):
+    c.update(a=1, b=2)
+    keys, more, values, items = map(turn, (c, c.keys(), c.values(), c.items()))
+    c["c"] = 3
+    assert {*keys} == {*more} == {"a", "b"}
+    assert {*values} == {1, 2}
+    assert {*items} == {("a", 1), ("b", 2)}
+
+
 def test_keys_may_be_added_while_iterating(c):
     c.update({n: [n] for n in range(20)})
     for key in c:
@@ -813,6 +823,133 @@ def test_numbers_that_are_equal_are_one_key(path, budget):
     with Chest(path=path) as c:
         assert [type(key) for key in c] == [int]  # a dict keeps the key it got first, too
         assert (c[1], c[1.0], c[True], c[Fraction(1)]) == ("bool",) * 4
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+class Letter(enum.StrEnum):
+    A = "a"
+
+
+ALIASES = [
+    pytest.param(1, np.int64(1), id="number of numpy"),
+    pytest.param(1, Number.ONE, id="enum of numbers"),
+    pytest.param("a", Letter.A, id="enum of text"),
+    pytest.param(("x", 1), ("x", np.int64(1)), id="in a tuple"),
+]
+
+
+def read_in_place_of_it(c, key, alias):
+    c[alias]
+    c[key].append(5)
+
+
+def prefetch_in_place_of_it(c, key, alias):
+    c.prefetch([alias])
+    c[key].append(5)
+
+
+def move_to_disk(c, key, alias):
+    c[key] = [1, 5]
+    c.move_to_disk(alias)
+
+
+def fall_back(c, key, alias):
+    with pytest.raises(LookupError), c.transaction():
+        c.pop(alias)
+        raise LookupError
+    assert [*map(type, c)] == [int, type(key)]
+    c[key].append(5)
+    c.compact()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c, key, alias: c[alias].append(5),
+        read_in_place_of_it,
+        prefetch_in_place_of_it,
+        move_to_disk,
+        lambda c, key, alias: c.setdefault(alias, []).append(5),
+        lambda c, key, alias: c.pop(alias),
+        lambda c, key, alias: c.__delitem__(alias),
+        fall_back,
+    ],
+    ids=["change", "read", "prefetch", "move", "setdefault", "pop", "delete", "roll back"],
+)
+@pytest.mark.parametrize(("key", "alias"), ALIASES)
+@pytest.mark.parametrize("name", ["pickle", "json"])
+def test_what_equals_a_key_is_not_taken_for_it_on_disk(path, budget, change, key, alias, name):
+    options = {"dump": json.dump, "load": json.load} if name == "json" else {}
+    store(path, {0: [0], key: [1]}, **options)
+    with Chest(path=path, available_memory=budget, **options) as c:
+        change(c, key, alias)
+        expected = dict(c)
+        if key in c:
+            assert c.key_to_filename(alias) == c.key_to_filename(key)
+        c._check()
+    assert expected in ({0: [0], key: [1, 5]}, {0: [0]})
+    with Chest(path=path, readonly=True, **options) as c:
+        assert c == expected
+        assert [*map(type, c)] == [*map(type, [0, key][: len(c)])]
+        assert not c._memory.ledger.unreadable
+    assert b"numpy" not in read_index(path)
+    assert b"test_core" not in read_index(path)
+
+
+def read_index(path):
+    with open(os.path.join(path, ".keys"), "rb") as file:
+        return file.read()
+
+
+def test_keys_that_need_a_class_are_told_apart_from_what_they_equal(path, budget):
+    keys = [dt.date(2026, 1, 1), dt.timedelta(1), Fraction(1, 3), Number.ONE]
+    store(path, {key: [1] for key in keys}, available_memory=budget)
+    with Chest(path=path, available_memory=budget) as c:
+        for key in keys:
+            c[key].append(2)
+        del c[1], c[Fraction(2, 6)]
+    with Chest(path=path) as c:
+        assert c == {key: [1, 2] for key in keys[:2]}
+
+
+class Contrary:
+    """A key that cannot be compared with what is none of its kind."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __hash__(self):
+        return hash(self.n)
+
+    def __eq__(self, other):
+        return self.n == other.n
+
+
+def test_a_key_that_compares_with_no_other_is_deleted(path, budget):
+    with Chest({Contrary(n): n for n in range(3)}, path, available_memory=budget) as c:
+        c.flush()
+        del c[Contrary(1)]
+        c[Contrary(2)] = "new"
+    with Chest(path=path) as c:
+        assert {key.n: value for key, value in c.items()} == {0: 0, 2: "new"}
+
+
+@pytest.mark.parametrize("alias", [True, 1.0])
+def test_a_key_is_as_it_was_first_set_wherever_its_value_went(path, alias):
+    with Chest(path=path) as c:
+        c[1] = "int"
+        c[alias] = "alias"
+        c.available_memory = 0
+        assert [*map(type, c)] == [int]
+    with Chest(path=path) as c:
+        assert [*map(type, c)] == [int]
+        with pytest.raises(LookupError), c.transaction():
+            del c[alias]
+            raise LookupError
+        assert [*map(type, c)] == [int]
 
 
 def test_a_number_and_its_digits_are_two_keys(path, budget):
