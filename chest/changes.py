@@ -87,6 +87,8 @@ class Changes(Residents):
             self.ledger.add(key)
         if keep:
             self._revive(key, value)
+            if key in self.dirty:  # of what is on disk now
+                self._soil(key, self.eviction.size(key))
         else:
             self._forget(key)
 
@@ -260,5 +262,5 @@ class Changes(Residents):
         value = self.inmem[key]
         changed = self._differs(key, value, self.ledger.digest(key))
         if changed and self.inmem.get(key, MISSING) is value:
-            self.dirty[key] = 0
+            self.dirty.setdefault(key, 0)
         return changed

@@ -14,6 +14,7 @@ under the lock of the chest.
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Hashable, Iterable
 from itertools import chain, count
@@ -161,7 +162,9 @@ class Eviction:
         while start < len(keys):
             cohort = self._home(keys[start]) or self._aside
             end = start + len(cohort.sizes)
-            if cohort is not self._aside and keys[start:end] == [*cohort.sizes]:
+            # To ask whether different keys are equal is more than any dict would do.
+            whole = end <= len(keys) and all(map(operator.is_, cohort.sizes, keys[start:end]))
+            if whole and cohort is not self._aside:
                 self._close(cohort)
                 deque(map(self._homes.pop, cohort.sizes), maxlen=0)
                 self.total -= cohort.nbytes

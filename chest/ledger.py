@@ -121,23 +121,25 @@ class Ledger(Rows):
         self._cleared, self._deleted, self.rows = cleared, deleted, {}
 
     def spelled(self, key: Any) -> Any:
-        """Return a key as it was first set, if that is a plain one.
+        """Return a key as it was first set.
 
         A number of numpy's, or of an enum, finds the value of the int that it is equal to. No
-        commit may name it in the place of that: not everybody could read it.
+        commit may name one in the place of the other: where a class cannot be loaded, they are two.
         """
-        if type(key) in AS_SET or (is_plain(key) and type(key) not in (bool, float)):
+        if not self._pickles and (
+            type(key) in AS_SET or (is_plain(key) and type(key) not in (bool, float))
+        ):
             return key
         probe = _Probe(key)
         try:
             known = probe in self.rows
         except Exception:  # noqa: BLE001 -- a class of theirs compares with its own kind alone
             return key
-        return probe.found if known and is_plain(probe.found) else key
+        return probe.found if known else key
 
     def spell(self, keys: list[Any]) -> list[Any]:
         """Return keys as they were first set, as `spelled` does."""
-        if AS_SET.issuperset(map(type, keys)):
+        if not self._pickles and AS_SET.issuperset(map(type, keys)):
             return keys
         return [*map(self.spelled, keys)]
 
@@ -163,6 +165,11 @@ class Ledger(Rows):
 
     def _delete_all(self, rows: dict[Any, int]) -> None:
         self._deleted.update((key, row) for key, row in rows.items() if row >= 0)
+
+    def doomed(self) -> int:
+        """Return how many bytes those stored values have whose deletion no commit has told yet."""
+        rows = [*self._deleted.values(), *(self._cleared or {}).values()]
+        return sum(self._lengths[row] for row in rows if row >= 0)
 
     @property
     def pending(self) -> bool:
@@ -471,6 +478,8 @@ class Ledger(Rows):
         int
             How many bytes of the log that made history.
         """
+        if tell:
+            self._respell(keys)
         before = [*map(self.rows.get, keys, repeat(UNSAVED))]
         if max(before, default=UNSAVED) < 0:
             self.rows.update(zip(keys, rows, strict=True))
@@ -486,6 +495,15 @@ class Ledger(Rows):
         gone = self._nbytes(self._spelled(pairs), [b for b, _ in pairs.values()])
         self._retire(b for b, n in pairs.values() if files[b] in packs or files[b] != files[n])
         return gone
+
+    def _respell(self, keys: list[Hashable]) -> None:
+        """Have keys that no commit held here as the commit of another handle names them."""
+        for key in keys:
+            row = self.rows.get(key, 0)
+            if row < 0:
+                del self.rows[key]
+                self.rows[key] = row
+                self._in_order = False
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Sequence[int]]:
         plain, pickled = block.keys

@@ -37,7 +37,6 @@ logger = logging.getLogger("chest")
 
 OPENING_BYTES = 4096  # about what a directory with an empty index takes
 PLAIN_KEYS = "str, bytes, int, float, bool, None, and tuples and frozensets of these can be"
-OUTDATED = 32 << 20  # bytes on disk that may wait for a commit that frees them
 NEVER = -1  # what the head never holds: every operation finds a difference, and catches up
 
 MISSING: Any = object()
@@ -108,7 +107,7 @@ class Residents(ABC):
         self.readonly = self.options.readonly
         self._torn = False  # by an interrupt in the midst of an operation
         self._outdated = 0  # bytes by which a commit would make what is on disk less
-        self._free_from = OUTDATED
+        self._free_after = 0.0  # the time before which nothing is committed for that
         self.in_transaction = False
         self._inside: set[Any] = set()  # keys whose values a transaction may have changed
         self.ledger = Ledger(self.serializer.trusts_pickle)
@@ -164,8 +163,6 @@ class Residents(ABC):
                 self.ledger.delete(key)
             self.dirty.setdefault(key, 0)
         self.dirty = {key: more for key, more in self.dirty.items() if key in self.inmem}
-        self._shrunk = sum(self.dirty.values())
-        self._outdated = max(self._outdated, self._shrunk)
         self._as_loaded = {key: d for key, d in self._as_loaded.items() if key in rows}
         self._hands.mend(rows, self.inmem)
         self._loads.mend()
@@ -173,7 +170,12 @@ class Residents(ABC):
         self.eviction = Eviction(self.available)
         self._arm()
         for key, value in self.inmem.items():
-            self._enter(key, value, self.measure(value), 1)
+            size = self.measure(value)
+            self._enter(key, value, size, 1)
+            if key in self.dirty:
+                self.dirty[key] = self._surplus(key, size)
+        self._shrunk = sum(self.dirty.values())
+        self._outdated = self.ledger.doomed() + self._shrunk
         self._torn = False
 
     def start_anew(self) -> None:
@@ -321,10 +323,14 @@ class Residents(ABC):
 
     def _soil(self, key: Hashable, size: int) -> None:
         """Mark a value as one that the disk does not hold, which has something else for its key."""
-        row = self.ledger.rows[key]
-        more = max(self.ledger.length(row) - size, 0) if row >= 0 else 0
+        more = self._surplus(key, size)
         self._count_outdated(more - self.dirty.get(key, 0))
         self.dirty[key] = more
+
+    def _surplus(self, key: Hashable, size: int) -> int:
+        """Return how many bytes more than `size` the disk holds for a key."""
+        row = self.ledger.rows[key]
+        return max(self.ledger.length(row) - size, 0) if row >= 0 else 0
 
     def _count_outdated(self, more: int) -> None:
         self._shrunk += more

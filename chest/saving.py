@@ -18,7 +18,6 @@ from chest.ledger import UNSAVED
 from chest.loading import Loading
 from chest.packs import MANY, PACKED
 from chest.progress import Tally
-from chest.residents import OUTDATED
 from chest.serialize import UndumpableError
 from chest.staging import STREAM_BYTES, Batch
 from chest.store import Store
@@ -99,7 +98,9 @@ class Saving(Loading):
             start += some
             values.update(zip(step, gather(self.inmem, step), strict=True))
             if not SURE.issuperset(map(type, step)):
-                storable = [key for key in step if _is_storable(key, unsaved)]
+                spelled = self.ledger.spell(step)
+                pairs = zip(step, spelled, strict=True)
+                storable = [key for key, name in pairs if _is_storable(name, unsaved)]
                 step = [*filter(self.inmem.__contains__, storable)]
             dumped = self._streams(step, values)
             streams = self._stage_large(dumped, values, batch, unsaved, stop)
@@ -205,7 +206,7 @@ class Saving(Loading):
             if self._as_loaded:
                 deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
             self._shrunk -= sum(map(self.dirty.pop, saved))
-            self._outdated, self._free_from = self._shrunk, OUTDATED
+            self._outdated = self._shrunk
             if not self.dirty:
                 self.dirty.clear()  # a dict that was large takes long to be looked through
             store.tidy()

@@ -7,6 +7,8 @@ What cannot be written stays in memory, and is counted there.
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Hashable
 from itertools import compress, filterfalse, repeat
@@ -15,13 +17,15 @@ from typing import Any
 from chest.columns import gather
 from chest.errors import UnsavedError, say, show
 from chest.progress import Tally
-from chest.residents import ANYWHERE, OUTDATED
+from chest.residents import ANYWHERE
 from chest.saving import Saving
 from chest.serialize import changeable
 
 logger = logging.getLogger("chest")
 
 SLACK = 16  # one part in so many of the budget is made free at a time
+OUTDATED = 32 << 20  # bytes on disk that may wait for a commit that frees them
+RETRY = 10  # seconds until what failed is tried again, where nobody asked for it
 WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
 
 
@@ -38,7 +42,7 @@ class Spilling(Saving):
             self.put(key, value, size)
             if self.eviction.total > self.available:
                 self._spill(key)
-            if self._outdated > self._free_from:
+            if self._outdated > OUTDATED:
                 self._free_disk()
 
     def begin_to_delete(self, action: str) -> None:
@@ -48,13 +52,13 @@ class Spilling(Saving):
         now, and nothing where a value is in nobody's hands but the user's.
         """
         self.begin(action)
-        if self._outdated > self._free_from:
+        if self._outdated > OUTDATED:
             self._free_disk()
 
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
         super().clear()
-        if self._outdated > self._free_from:
+        if self._outdated > OUTDATED:
             self._free_disk()
 
     def _free_disk(self) -> None:
@@ -64,20 +68,26 @@ class Spilling(Saving):
         for it, and so nobody is told of an error but the log.
         """
         busy = self.in_transaction or self.ledger.is_recording
-        if busy or self._outdated <= self._free_from + self.eviction.total:
+        if busy or self._outdated <= OUTDATED + self.eviction.total:
             return
+        if time.monotonic() < self._free_after:
+            return
+        self._free_after = math.inf  # hooks come here, too
         aside = {*self.eviction.aside()}
         try:
             with self:
                 unsaved = self._save([*filterfalse(aside.__contains__, self.dirty)], stop=True)
                 self._report(self._set_aside(unsaved))
                 self._outdated = self._shrunk
+            self._free_after = 0
         except ANYWHERE:
             raise
         except Exception as error:  # noqa: BLE001 -- what opens and dumps is theirs; it is said
             message = "what was replaced or deleted still takes room on disk: %s"
             self._say_once(("outdated", type(error)), message, say(error))
-        self._free_from = self._outdated + OUTDATED  # not again at once
+        finally:
+            if self._free_after:  # it did not succeed, and to try takes time
+                self._free_after = time.monotonic() + RETRY
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
@@ -110,7 +120,7 @@ class Spilling(Saving):
                 or self._hands.held
                 or eviction.total + size > self.available
                 or self.readonly
-                or self._outdated > self._free_from
+                or self._outdated > OUTDATED
             ):
                 return False
             if key not in ledger.rows:

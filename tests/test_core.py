@@ -937,6 +937,72 @@ def test_a_key_that_compares_with_no_other_is_deleted(path, budget):
         assert {key.n: value for key, value in c.items()} == {0: 0, 2: "new"}
 
 
+CLASSES = [
+    pytest.param(np.int64(1), 1, id="number of numpy"),
+    pytest.param(np.int64(1), np.int32(1), id="two numbers of numpy"),
+    pytest.param(Letter.A, "a", id="enum of text"),
+    pytest.param(Fraction(1), True, id="fraction"),
+    pytest.param(("t", Number.ONE), ("t", 1), id="in a tuple"),
+    pytest.param(1, np.int64(1), id="plain first"),
+]
+
+
+@pytest.mark.parametrize(("first", "then"), CLASSES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_key_is_one_also_for_those_who_load_no_class(path, budget, first, then, packed):
+    others = dict.fromkeys(range(1000, 1100)) if packed else {}
+    with Chest({first: "old", **others}, path, available_memory=budget) as c:
+        c.flush()
+        c[then] = "new"
+    assert chest.repair(path).ok
+    with Chest(path=path, available_memory=budget) as c:
+        assert c[then] == c[first] == "new"
+        assert type(next(iter(c))) is type(first)
+        del c[then]
+    assert chest.repair(path).ok
+    with Chest(path=path) as c:
+        assert first not in c
+
+
+@pytest.mark.parametrize(("first", "then"), CLASSES)
+@pytest.mark.parametrize("delete", [False, True])
+def test_so_it_is_where_two_handles_name_it(path, first, then, delete):
+    with Chest(path=path) as a, Chest(path=path) as b:
+        a[then] = "a"
+        b[first] = "b"
+        b["z"] = 1
+        b.flush()
+        if delete:
+            del a[then]
+        a.flush()
+        a._check()
+    report = chest.repair(path)
+    assert report.ok, report
+    with Chest(path=path) as c:
+        assert c == ({"z": 1} if delete else {then: "a", "z": 1})
+
+
+def test_what_equals_a_key_need_not_be_picklable(path, budget):
+    class Local(int):
+        pass
+
+    store(path, {1: ["a"]})
+    with Chest(path=path, available_memory=budget) as c:
+        c[Local(1)].append("b")
+    with Chest(path=path) as c:
+        assert c == {1: ["a", "b"]}
+
+
+def test_keys_are_not_compared_with_those_that_they_cannot_equal(path):
+    store(path, {("a", "b"): [1], 1: "v"})
+    with Chest(path=path) as c:
+        c["a", "b"], c[np.int64(1)]
+        c["z"] = "z"
+        c.available_memory = 0
+        assert not c.inmem
+        c._check()
+
+
 @pytest.mark.parametrize("alias", [True, 1.0])
 def test_a_key_is_as_it_was_first_set_wherever_its_value_went(path, alias):
     with Chest(path=path) as c:

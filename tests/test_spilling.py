@@ -2,12 +2,12 @@
 
 import logging
 import os
+import sys
+import time
 
 import pytest
 from test_memory import Stubborn, refusing
 
-import chest.residents
-import chest.saving
 import chest.spilling
 from chest import Chest, UnsavedError
 
@@ -17,8 +17,7 @@ N, SIZE, LIMIT = 100, 1000, 10_000
 @pytest.fixture(autouse=True)
 def scarce(monkeypatch):
     """A disk of which little may be taken by what is out of date."""
-    for module in (chest.residents, chest.saving, chest.spilling):
-        monkeypatch.setattr(module, "OUTDATED", LIMIT)
+    monkeypatch.setattr(chest.spilling, "OUTDATED", LIMIT)
 
 
 @pytest.fixture(params=[0, 5000, 1e9])
@@ -332,6 +331,122 @@ def test_a_name_may_be_given_by_what_sets_a_value(path):
         del c[1]
         c.flush()
         assert dict(c) == {900: bytes(5000), "count": [1]}
+
+
+class Interrupt(BaseException):
+    """What a KeyboardInterrupt is to the code; one that gets out does not end the whole run."""
+
+
+@pytest.mark.parametrize(
+    ("change", "inside"),
+    [
+        (Chest.clear, "_empty"),
+        (lambda c: c.pop("big"), "length"),
+        (lambda c: c.__delitem__("big"), "length"),
+        (lambda c: c.__setitem__("small", [2] * 3000), "_enter"),
+    ],
+    ids=["clear", "pop", "delete", "set"],
+)
+def test_what_is_interrupted_is_counted_by_the_next_operation(path, change, inside):
+    def interrupt(frame, event, arg):
+        if event == "call" and frame.f_code.co_name == inside:
+            sys.setprofile(None)
+            raise Interrupt
+
+    with Chest({"big": bytes(N * SIZE), "small": bytes(5 * LIMIT)}, path) as c:
+        c.move_to_disk("big")
+        c.flush()
+        c["small"] = [1]
+        sys.setprofile(interrupt)
+        try:
+            with pytest.raises(Interrupt):
+                change(c)
+        finally:
+            sys.setprofile(None)
+        c["x"] = [1]
+        c["x"] = [2]
+        c._check()
+        expected = sum(len(bytes(v)) if type(v) is bytes else 0 for v in c.values())
+        assert on_disk(c) < expected + 1000
+
+
+def test_what_was_refused_is_tried_again_once_some_time_has_gone(path, monkeypatch):
+    monkeypatch.setattr(chest.spilling, "RETRY", 3600)
+    with Chest({"big": bytes(N * SIZE)}, path) as c:
+        c.flush()
+        del c["big"]
+        with refusing("open") as tried:
+            for n in range(10):
+                c["x"] = [n]
+            assert len(tried) == 1
+        c["x"] = [1]
+        assert on_disk(c) > N * SIZE
+        now = time.monotonic()
+        monkeypatch.setattr(chest.spilling.time, "monotonic", lambda: now + 3601)
+        c["x"] = [2]
+        assert on_disk(c) < 1000
+        c._check()
+
+
+def test_a_hook_that_sets_something_is_not_asked_again_and_again(path, caplog):
+    depth, most = 0, 0
+
+    class Sets:
+        def __reduce__(self):
+            nonlocal depth, most
+            depth += 1
+            most = max(most, depth)
+            c["n"] = [most]
+            del c["n"]
+            depth -= 1
+            return list, ()
+
+    with Chest({n: bytes(SIZE) for n in range(N)}, path, open=open_like_builtin) as c:
+        c.flush()
+        c["sets"] = Sets()
+        for n in range(N):
+            del c[n]
+        assert 0 < most < 3
+        assert on_disk(c) < 2 * LIMIT
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+        c._check()
+        del c["sets"]
+
+
+def test_what_another_handle_set_meanwhile_counts_by_its_own_size(path):
+    with Chest({"a": b"old"}, path) as c, Chest(path=path) as other:
+        c.flush()
+        c["a"] = b"new"
+        other["a"] = bytes(10 * LIMIT)
+        other.flush()
+        assert c["a"] == b"new"
+        c["x"] = [1]
+        assert on_disk(c) < 1000
+        c._check()
+
+
+class SetsItself:
+    """Is set anew in a chest as it is pickled."""
+
+    def __init__(self, text, chest=None):
+        self.text, self.chest = text, chest
+
+    def __reduce__(self):
+        chest, self.chest = self.chest, None
+        if chest is not None:
+            chest["k"] = self
+        return SetsItself, (self.text,)
+
+
+def test_what_is_set_again_as_it_is_looked_at_stays_counted(path):
+    with Chest(path=path, nbytes=lambda value: 100) as c:
+        c["k"] = value = SetsItself("x" * 1000)
+        c.flush()
+        value.text, value.chest = "y", c
+        c["bad"] = lambda: 0
+        c.move_to_disk("k")
+        c._check()
+        del c["bad"]
 
 
 # -- and nothing is written for nothing -----------------------------------------------------------
