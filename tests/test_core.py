@@ -982,6 +982,30 @@ def test_so_it_is_where_two_handles_name_it(path, first, then, delete):
         assert c == ({"z": 1} if delete else {then: "a", "z": 1})
 
 
+def test_what_equals_keys_is_not_taken_for_them_in_packs(path, budget):
+    store(path, dict.fromkeys(range(200), "old"))
+    with Chest(path=path, available_memory=budget) as c:
+        for n in np.arange(200):
+            c[n] = "new"
+    with Chest(path=path) as c:
+        assert c == dict.fromkeys(range(200), "new")
+        assert {*map(type, c)} == {int}
+    assert b"numpy" not in read_index(path)
+
+
+def test_a_key_that_another_handle_names_keeps_its_place(path):
+    with Chest(path=path) as a, Chest(path=path) as b:
+        a.update({"x": 1, 1: 2, "y": 3})
+        b[np.int64(1)] = 4
+        b.flush()
+        len(a)
+        seen = list(a)
+        a.flush()
+        assert list(b) == list(a) == seen
+    with Chest(path=path) as c:
+        assert list(c) == seen
+
+
 def test_what_equals_a_key_need_not_be_picklable(path, budget):
     class Local(int):
         pass

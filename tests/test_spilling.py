@@ -500,6 +500,16 @@ def test_what_any_commit_freed_counts_no_more(path, how):
         assert commits(c) == before
 
 
+def test_what_a_flush_freed_counts_no_more(path):
+    with Chest({"big": bytes(10 * LIMIT)}, path) as c:
+        c.flush()
+        del c["big"]
+        c.flush()
+        before = commits(c)
+        c["x"] = [1]
+        assert commits(c) == before
+
+
 def test_text_that_is_longer_on_disk_is_not_written_again_and_again(path):
     with Chest(dict.fromkeys(range(N), "\u4e2d" * 1000), path) as c:
         c.flush()
