@@ -19,6 +19,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import filterfalse, groupby, repeat
 from typing import Any
 
+from chest.aliases import ALIKE, as_set, may_differ
 from chest.blocks import Steps, block
 from chest.columns import (
     Block,
@@ -43,7 +44,6 @@ FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
 FRAME = 79  # bytes of a frame beside its records, and the name of the serializer
 RECORD = 20  # bytes of a record beside its key, and the name of its file
 PICKLED = 200  # bytes of a key that needs a class, where none was seen
-AS_SET = {str, bytes, int, type(None)}  # a key of these types stands for itself
 FEW, SHORT = 16, 20  # so few records may take more bytes than that each would among many
 
 logger = logging.getLogger("chest")
@@ -126,20 +126,11 @@ class Ledger(Rows):
         A number of numpy's, or of an enum, finds the value of the int that it is equal to. No
         commit may name one in the place of the other: where a class cannot be loaded, they are two.
         """
-        if not self._pickles and (
-            type(key) in AS_SET or (is_plain(key) and type(key) not in (bool, float))
-        ):
-            return key
-        probe = _Probe(key)
-        try:
-            known = probe in self.rows
-        except Exception:  # noqa: BLE001 -- a class of theirs compares with its own kind alone
-            return key
-        return probe.found if known else key
+        return as_set(self.rows, key) if self._pickles or may_differ(key) else key
 
     def spell(self, keys: list[Any]) -> list[Any]:
         """Return keys as they were first set, as `spelled` does."""
-        if not self._pickles and AS_SET.issuperset(map(type, keys)):
+        if not self._pickles and ALIKE.issuperset(map(type, keys)):
             return keys
         return [*map(self.spelled, keys)]
 
@@ -498,12 +489,11 @@ class Ledger(Rows):
 
     def _respell(self, keys: list[Hashable]) -> None:
         """Have keys that no commit held here as the commit of another handle names them."""
-        for key in keys:
-            row = self.rows.get(key, 0)
-            if row < 0:
-                del self.rows[key]
-                self.rows[key] = row
-                self._in_order = False
+        unsaved = [key for key in keys if self.rows.get(key, 0) < 0]
+        mine = [as_set(self.rows, key) for key in unsaved]
+        names = {k: k for k, m in zip(unsaved, mine, strict=True) if not _look_alike(k, m)}
+        if names:  # in one step: an interrupt must not come where a key is missing
+            self.rows = {names.get(key, key): row for key, row in self.rows.items()}
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Sequence[int]]:
         plain, pickled = block.keys
@@ -561,23 +551,8 @@ class Ledger(Rows):
         assert not self._deleted.keys() & dict(self.stored()).keys(), "stored and deleted"
 
 
-class _Probe:
-    """Equal to whatever a key is equal to, and takes note of it."""
-
-    __array_ufunc__ = None  # for numpy to compare with this, and with no number made of its own
-
-    def __init__(self, key: Hashable) -> None:
-        self._key = key
-        self._hash = hash(key)
-        self.found: Any = key
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if same := bool(self._key == other):
-            self.found = other
-        return same
+def _look_alike(key: Hashable, other: Hashable) -> bool:
+    return type(key) is type(other) and is_plain(key) and is_plain(other)
 
 
 def _load_key(data: bytes, trusted: bool) -> Hashable:

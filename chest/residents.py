@@ -41,7 +41,7 @@ NEVER = -1  # what the head never holds: every operation finds a difference, and
 
 MISSING: Any = object()
 
-ANYWHERE = (MemoryError, RecursionError)  # exceptions that can come at any instruction
+_ANYWHERE = (MemoryError, RecursionError)  # exceptions that can come at any instruction
 
 _left_to_parent: list[Any] = []
 
@@ -140,7 +140,7 @@ class Residents(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and (not issubclass(kind, Exception) or issubclass(kind, ANYWHERE)):
+        if kind is not None and (not issubclass(kind, Exception) or issubclass(kind, _ANYWHERE)):
             self._tear()
 
     def _tear(self) -> None:

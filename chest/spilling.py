@@ -17,7 +17,6 @@ from typing import Any
 from chest.columns import gather
 from chest.errors import UnsavedError, say, show
 from chest.progress import Tally
-from chest.residents import ANYWHERE
 from chest.saving import Saving
 from chest.serialize import changeable
 
@@ -54,6 +53,7 @@ class Spilling(Saving):
         self.begin(action)
         if self._outdated > OUTDATED:
             self._free_disk()
+            self.begin(action)  # for it may have torn what is in memory, and failed
 
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
@@ -80,8 +80,6 @@ class Spilling(Saving):
                 self._report(self._set_aside(unsaved))
                 self._outdated = self._shrunk
             self._free_after = 0
-        except ANYWHERE:
-            raise
         except Exception as error:  # noqa: BLE001 -- what opens and dumps is theirs; it is said
             message = "what was replaced or deleted still takes room on disk: %s"
             self._say_once(("outdated", type(error)), message, say(error))

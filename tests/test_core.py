@@ -31,6 +31,7 @@ import pytest
 from test import mapping_tests
 
 import chest.core
+import chest.staging
 from chest import (
     Chest,
     ChestClosedError,
@@ -944,6 +945,7 @@ CLASSES = [
     pytest.param(Fraction(1), True, id="fraction"),
     pytest.param(("t", Number.ONE), ("t", 1), id="in a tuple"),
     pytest.param(1, np.int64(1), id="plain first"),
+    pytest.param(True, 1.0, id="both plain"),
 ]
 
 
@@ -976,13 +978,18 @@ def test_so_it_is_where_two_handles_name_it(path, first, then, delete):
             del a[then]
         a.flush()
         a._check()
+        kinds = [*map(type, a)]
     report = chest.repair(path)
     assert report.ok, report
     with Chest(path=path) as c:
         assert c == ({"z": 1} if delete else {then: "a", "z": 1})
+        assert [*map(type, c)] == kinds
 
 
-def test_what_equals_keys_is_not_taken_for_them_in_packs(path, budget):
+@pytest.mark.parametrize("staged", [False, True])
+def test_what_equals_keys_is_not_taken_for_them_in_packs(path, budget, staged, monkeypatch):
+    if staged:  # packs of their own
+        monkeypatch.setattr(chest.staging, "STREAM_BYTES", 100)
     store(path, dict.fromkeys(range(200), "old"))
     with Chest(path=path, available_memory=budget) as c:
         for n in np.arange(200):
@@ -991,6 +998,13 @@ def test_what_equals_keys_is_not_taken_for_them_in_packs(path, budget):
         assert c == dict.fromkeys(range(200), "new")
         assert {*map(type, c)} == {int}
     assert b"numpy" not in read_index(path)
+
+
+def test_what_equals_a_key_gives_it_no_other_name(path):
+    with Chest({1: "v"}, path) as c:
+        assert c.key_to_filename(np.int64(1)) == c.key_to_filename(1)
+        c.flush()
+        assert c.key_to_filename(np.int64(1)) == c.key_to_filename(1)
 
 
 def test_a_key_that_another_handle_names_keeps_its_place(path):

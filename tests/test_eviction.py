@@ -36,6 +36,19 @@ KEYS += ["small", "large", "huge", "cold", "warm", "hot", "tiny"]
 # -- Eviction: the order ---------------------------------------------------------------------------
 
 
+def test_of_a_cohort_only_those_go_that_are_named():
+    e = Eviction(1e9)
+    first, *others = KEYS[:3]
+    for key in KEYS[:3]:
+        e.enroll(key, 100)
+    e.discard_all([first])
+    check(e)
+    assert (e.total, first in e, *map(e.__contains__, others)) == (200, False, True, True)
+    e.discard_all(others)
+    check(e)
+    assert e.total == 0
+
+
 @pytest.mark.parametrize("first", ["small", "large"])
 @pytest.mark.parametrize("uses", [1, 2, 5])
 def test_of_the_same_use_the_large_leaves_first(first, uses):

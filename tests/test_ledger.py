@@ -630,6 +630,15 @@ def test_rows_whose_values_lie_anywhere_span_nothing(spread, rows):
     assert spread.span(rows) is None
 
 
+def test_keys_that_look_alike_need_no_other_table(log):
+    here, there = log.open(), log.open()
+    here.add("a")
+    rows = here.rows
+    apply(here, log.commit(there, "ab"))
+    assert here.rows is rows
+    assert entries(here) == entries(there)
+
+
 def test_values_that_were_only_moved_did_not_change(log):
     here, there = log.open(), log.open()
     apply(here, log.commit(there, "ab", log.packed("cd", digest=5), digest=5))

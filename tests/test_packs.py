@@ -498,6 +498,21 @@ def test_a_pack_that_goes_just_before_it_is_copied_costs_its_own_values(
     assert read_back(two_packs) == kept
 
 
+def test_packs_are_not_measured_again_once_they_are_copied(two_packs, monkeypatch):
+    kept = small(3) | small(3, 64)
+    monkeypatch.setattr(chest.upkeep, "WASTE", nbytes(kept.values()) * 5)
+    with Chest(path=two_packs) as c:
+        for key in {*c} - {*kept}:
+            del c[key]
+        c.write_keys()
+        assert packs(two_packs) == [".pack-3"]
+        measured = []
+        monkeypatch.setattr(chest.packs.Packs, "size", lambda self, name: measured.append(name))
+        del c[next(iter(c))]
+        c.write_keys()
+        assert not measured
+
+
 def test_a_commit_counts_though_nobody_can_tell_how_large_the_packs_are(
     two_packs, tight, monkeypatch, caplog
 ):
@@ -1360,6 +1375,19 @@ def test_values_are_read_many_at_a_time(path, monkeypatch):
         assert dict(c.items()) == small(3000)
     assert len(noted) < 10
     assert sum(length for _, length in noted) == nbytes(small(3000).values())
+
+
+def test_a_value_that_is_on_no_disk_keeps_none_of_its_neighbours_from_that(path, monkeypatch):
+    with Chest(path=path) as c:
+        c["unsaved"] = lambda: 0
+        c.update(small(200))
+        with pytest.raises(UnsavedError):
+            c.flush()
+        c.available_memory = 0
+        noted = reads(monkeypatch)
+        assert dict(c.items()) == {"unsaved": c["unsaved"]} | small(200)
+        assert len(noted) < 10
+        del c["unsaved"]
 
 
 def test_each_value_that_is_read_is_told_of(path):
