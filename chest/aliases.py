@@ -6,6 +6,7 @@ them can only be read with their class, and are two for who has not got it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Hashable
 from typing import Any
 
@@ -15,7 +16,7 @@ ALIKE = {str, bytes, int, type(None)}  # of these types, keys that are set look 
 
 
 class _Probe:
-    """Equal to whatever a key is equal to, and takes note of it."""
+    """Equal to whatever a key is equal to, and takes note of what a dict compares it with."""
 
     __array_ufunc__ = None  # for numpy to compare with this, and with no number made of its own
 
@@ -28,8 +29,9 @@ class _Probe:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        if same := bool(self._key == other):
-            self.found = other
+        same = bool(self._key == other)
+        if same and sys._getframe(1).f_code is as_set.__code__:
+            self.found = other  # else it is a part that the key there compares instead of itself
         return same
 
 
@@ -39,7 +41,11 @@ def may_differ(key: Hashable) -> bool:
 
 
 def as_set(keys: Container[Hashable], key: Any) -> Any:
-    """Return a key as a dict has it, itself if it has none that is equal."""
+    """Return a key as a dict has it.
+
+    It is returned itself if none is equal, or where the class of that one does not leave it to
+    others to compare themselves with it.
+    """
     probe = _Probe(key)
     try:
         return probe.found if probe in keys else key
