@@ -1,12 +1,12 @@
 """Keys that are equal and do not look alike: 1, True, 1.0, a number of numpy, a member of an enum.
 
 A dict takes them for one key, which is the one that was set first. So must an index, where some of
-them can only be read with their class, and are two for who has not got it.
+them can only be read with their class, and are two for who has not got it. Even one that is set
+again may be pickled otherwise.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Container, Hashable
 from typing import Any
 
@@ -16,7 +16,7 @@ ALIKE = {str, bytes, int, type(None)}  # of these types, keys that are set look 
 
 
 class _Probe:
-    """Equal to whatever a key is equal to, and takes note of what a dict compares it with."""
+    """Equal to whatever a key is equal to, and takes note of it."""
 
     __array_ufunc__ = None  # for numpy to compare with this, and with no number made of its own
 
@@ -29,9 +29,8 @@ class _Probe:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        same = bool(self._key == other)
-        if same and sys._getframe(1).f_code is as_set.__code__:
-            self.found = other  # else it is a part that the key there compares instead of itself
+        if same := bool(self._key == other):
+            self.found = other
         return same
 
 
@@ -41,13 +40,9 @@ def may_differ(key: Hashable) -> bool:
 
 
 def as_set(keys: Container[Hashable], key: Any) -> Any:
-    """Return a key as a dict has it.
+    """Return a key as a dict has it, where that is a plain one; itself if it has none.
 
-    It is returned itself if none is equal, or where the class of that one does not leave it to
-    others to compare themselves with it.
+    Keys of other classes may know their own kind alone, or compare a part of them with it.
     """
     probe = _Probe(key)
-    try:
-        return probe.found if probe in keys else key
-    except Exception:  # noqa: BLE001 -- a class of theirs compares with its own kind alone
-        return key
+    return probe.found if probe in keys else key

@@ -73,7 +73,9 @@ class Keys(NamedTuple):
 
 
 class Unread:
-    """Stands for a key that cannot be read here, and is written as it was: as these bytes."""
+    """Stands for a key that is written as it was, whether it can be read here or not."""
+
+    __slots__ = ("data",)
 
     def __init__(self, data: bytes) -> None:
         self.data = data

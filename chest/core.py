@@ -263,12 +263,15 @@ class Chest(Status, MutableMapping[K, V]):
             If the chest is empty.
         """
         with self.lock:
-            for key in iter(self._last, _MISSING):
-                try:
-                    return key, self.pop(key)
-                except KeyError:
-                    if key in self:  # a hook raised it, not another process that deleted the key
-                        raise
+            return self._pop_last()
+
+    def _pop_last(self) -> tuple[K, V]:
+        while (key := self._last()) is not _MISSING:
+            try:
+                return key, self.pop(key)
+            except KeyError:
+                if key in self:  # a hook raised it, not another process that deleted the key
+                    raise
         raise KeyError("popitem(): the chest is empty")
 
     def _last(self) -> Any:

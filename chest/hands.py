@@ -119,7 +119,9 @@ class Hands:
     def _is_held(self, key: Hashable, value: Any, times: int = 1) -> bool:
         # In the order that a value takes, so that it is met wherever it goes meanwhile.
         held = [*self.held.values(), *self._pinned.values(), *self._passing.values(), *self.owed]
-        return len([name for name, some in held if some is value and name == key]) >= times
+        names = [name for name, some in held if some is value]
+        # As a dict compares keys: some cannot be compared that have different hashes.
+        return len([n for n in names if hash(n) == hash(key) and n == key]) >= times
 
     def of_others(self) -> list[tuple[Any, Any]]:
         """Return what other threads have in hand, as pairs of key and value."""

@@ -16,7 +16,7 @@ import operator
 import pickle
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from itertools import filterfalse, groupby, repeat
+from itertools import filterfalse, groupby, repeat, starmap
 from typing import Any
 
 from chest.aliases import ALIKE, as_set, may_differ
@@ -92,6 +92,9 @@ class Ledger(Rows):
         self._pickled = self._pickles = 0  # bytes and number of keys that need a class, as read
         self._next_serial = 0
         self._in_order = True
+        # What keys were first set as, by row, where an equal one may be written otherwise: their
+        # pickles if the index has any, and else themselves.
+        self._names: dict[int, Any] = {}
         self.is_recording = False
         self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
         self._cleared: dict[Any, int] | None = None  # not committed yet: what `rows` was
@@ -102,6 +105,8 @@ class Ledger(Rows):
         """Take in a key that is not there; at the end of the order."""
         serial = self._next_serial
         self._next_serial = serial + 1  # first: an interrupt may skip a number, not give it twice
+        if type(key) not in ALIKE and may_differ(key):
+            self._names[~serial] = key
         self.rows[key] = ~serial
 
     def delete(self, key: Hashable) -> None:
@@ -110,6 +115,8 @@ class Ledger(Rows):
         if row >= 0:
             self._deleted[self.spelled(key)] = row
         del self.rows[key]
+        if row < 0:
+            self._names.pop(row, None)
 
     def clear(self) -> None:
         """Delete every key; the next commit will say so in one word."""
@@ -117,22 +124,37 @@ class Ledger(Rows):
             cleared, deleted = self.rows, self._deleted
         else:
             cleared, deleted = self._cleared, self._deleted | dict(self.stored())
+        names = self._names_of_stored()
         # No call from here on: an interrupt finds all of it or nothing.
-        self._cleared, self._deleted, self.rows = cleared, deleted, {}
+        self._cleared, self._deleted, self.rows, self._names = cleared, deleted, {}, names
 
     def spelled(self, key: Any) -> Any:
-        """Return a key as it was first set.
+        """Return a key as it was first set, but for one of which a commit holds the pickle.
 
         A number of numpy's, or of an enum, finds the value of the int that it is equal to. No
         commit may name one in the place of the other: where a class cannot be loaded, they are two.
         """
-        return as_set(self.rows, key) if self._pickles or may_differ(key) else key
+        row = self.rows.get(key)
+        if row is None or row not in self._names:
+            return as_set(self.rows, key) if may_differ(key) else key
+        return key if row >= 0 else self._names[row]
 
     def spell(self, keys: list[Any]) -> list[Any]:
         """Return keys as they were first set, as `spelled` does."""
-        if not self._pickles and ALIKE.issuperset(map(type, keys)):
+        if not self._names and ALIKE.issuperset(map(type, keys)):
             return keys
         return [*map(self.spelled, keys)]
+
+    def _named(self, key: Any, row: int) -> Any:
+        """Return what the index names a key, if it has that row."""
+        return self._names.get(row, key) if row >= 0 else key
+
+    def _names_of_stored(self) -> dict[int, Any]:
+        return {row: name for row, name in self._names.items() if row >= 0}
+
+    def _forget_names(self, rows: Iterable[int]) -> None:
+        if self._names:
+            deque(map(self._names.pop, rows, repeat(None)), maxlen=0)
 
     def demand_quiet(self) -> None:
         """Refuse what would make history of a commit that is being recorded.
@@ -218,21 +240,40 @@ class Ledger(Rows):
 
     def encode(
         self, blocks: Iterable[Puts], serializer: tuple[str, bool | None], *, first: bool = True
-    ) -> list[bytes]:
+    ) -> tuple[list[bytes], dict[Any, Unread]]:
         """Return the payloads that record what is put and every deletion that is pending.
 
-        With ``first=False`` they go on with the commit that earlier payloads began.
+        With ``first=False`` they go on with the commit that earlier payloads began. Beside them
+        are the pickles of those keys that are put and need a class.
         """
-        batches = _in_batches((self._serials_of(puts.keys), puts) for puts in blocks)
+        pickles = {}
+        written = []
+        for puts in blocks:
+            own = self._pickles_of(puts.keys)
+            keys = [own.get(key, key) for key in puts.keys] if own else puts.keys
+            written.append((self._serials_of(puts.keys), puts._replace(keys=keys)))
+            pickles.update(own)
+        batches = _in_batches(written)
         start = encode(
             next(batches, []),
             first=first,
             cleared=self._cleared is not None,
             serializer=serializer,
             left=self.left() if first else (),
-            deleted=self._deleted,
+            deleted=[*starmap(self._named, self._deleted.items())],
         )
-        return [start, *map(encode, batches)]
+        return [start, *map(encode, batches)], pickles
+
+    def _pickles_of(self, keys: list[Any]) -> dict[Any, Unread]:
+        """Pickle the keys that need a class, but for those of which commits hold pickles."""
+        if not self._names and all_plain(keys):
+            return {}
+        named = ((key, self._named(key, self.rows[key])) for key in keys)
+        pickles = ((key, name) for key, name in named if not is_plain(name))
+        return {
+            key: name if type(name) is Unread else Unread(pickle.dumps(name, 5))
+            for key, name in pickles
+        }
 
     def _serials_of(self, keys: list[Any]) -> list[int]:
         rows = gather(self.rows, keys)
@@ -246,19 +287,21 @@ class Ledger(Rows):
         """Return the keys that are stored as of the last commit, with their rows."""
         if not self._deleted and self._cleared is None:
             return dict(self.stored())
-        rows = {**(self._cleared or {}), **self._deleted, **dict(self.stored())}
+        # Not the keys that no commit holds: they may be named otherwise.
+        cleared = {key: row for key, row in (self._cleared or {}).items() if row >= 0}
+        rows = {**cleared, **self._deleted, **dict(self.stored())}
         return {key: row for key, row in rows.items() if row >= 0}
 
     def revert(self) -> None:
         """Forget what is pending: keys that were added go, those that were deleted are back."""
-        self.rows = self.committed_rows()
+        self.rows, self._names = self.committed_rows(), self._names_of_stored()
         self._deleted, self._cleared = {}, None
         self._in_order = False
 
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
         committed = self.committed_rows() | {Unread(data): n for data, n in self.unreadable.items()}
-        keys, rows = [*committed], [*committed.values()]
+        keys, rows = [*starmap(self._named, committed.items())], [*committed.values()]
         files, places = gather(self._files, rows), gather(self._places, rows)
         packs = [*map({name: name for name in self.packs}.get, files, repeat(""))]
         order = sorted(range(len(keys)), key=[*zip(packs, places, strict=True)].__getitem__)
@@ -282,26 +325,27 @@ class Ledger(Rows):
         blocks: Collection[Puts],
         serializer: tuple[str, bool | None],
         payloads: Sequence[bytes],
+        pickles: dict[Any, Unread],
     ) -> None:
-        """Take in the chest's own commit, which `encode` has recorded in `payloads`."""
-        base, deleted = len(self._files), [*self._deleted]
+        """Take in the chest's own commit, which `encode` has recorded."""
+        base, deleted = len(self._files), [*starmap(self._named, self._deleted.items())]
         retired = [*self._deleted.values(), *(self._cleared or {}).values()]
-        classes = not all(map(all_plain, [deleted, *(puts.keys for puts in blocks)]))
-        frames = [decode(payload, trusted=True) for payload in payloads] if classes else []
-        told = self._spelled([*filter(is_plain, deleted)] if classes else deleted)
-        told += sum(sum(map(len, frame.deleted.pickled)) for frame in frames)
+        told = self._spelled(deleted)
         gone = self._nbytes(told, self._deleted.values())
         if self._cleared is not None:
             retired += self.unreadable.values()
             self.unreadable = {}
             gone += self.needed
         self._deleted, self._cleared = {}, None
-        for frame in frames:
-            deque(map(self._note_pickled, frame.blocks), maxlen=0)
+        self._note_pickled([name.data for name in pickles.values()])
         for puts in blocks:
             rows = self._add_rows(*puts[1:], self._serials_of(puts.keys))
+            if pickles:
+                named = zip(map(pickles.get, puts.keys), rows, strict=True)
+                self._names.update((row, name) for name, row in named if name is not None)
             gone += self._replace(puts.keys, rows)
         self._retire(retired)
+        self._forget_names(row for row in retired if row >= 0)
         self.serializers[serializer[0]] = serializer[1]
         self.records += len(deleted)
         self._weigh(payloads, len(self._files) - base, told, gone)
@@ -333,21 +377,25 @@ class Ledger(Rows):
         names = sum(map(len, filterfalse(self.packs.__contains__, files)))
         return spelled + RECORD * len(rows) + names
 
-    def _note_pickled(self, block: Block) -> None:
-        self._pickles += len(block.keys.pickled)
-        self._pickled += sum(map(len, block.keys.pickled))
+    def _note_pickled(self, pickles: Collection[bytes]) -> None:
+        self._pickles += len(pickles)
+        self._pickled += sum(map(len, pickles))
 
     def _spelled(self, keys: Collection[Any]) -> int:
         """Return about how many bytes spell keys; what several of them share counts for each."""
         plain = keys if all_plain(keys) else [*filter(is_plain, keys)]
+        read = [key.data for key in keys if type(key) is Unread] if plain is not keys else []
         each = self._pickled // self._pickles if self._pickles else PICKLED
         nbytes = sum(map(len, map(pickle.dumps, plain, repeat(3))))  # without frames
-        return nbytes + each * (len(keys) - len(plain))
+        return nbytes + sum(map(len, read)) + each * (len(keys) - len(plain) - len(read))
 
     def take(self, entries: dict[Any, Entry]) -> None:
         """Take in what an index of another format says."""
         if entries:
             rows = self._add_rows(*Puts.of(entries)[1:], range(len(entries)))
+            self._names.update(
+                (n, k) for n, k in zip(rows, entries, strict=True) if not is_plain(k)
+            )
             self.rows.update(zip(entries, rows, strict=True))
         self._next_serial = len(entries)
 
@@ -385,6 +433,7 @@ class Ledger(Rows):
                 self._tell([(key, row)])
                 del self.rows[key]
                 self._retire([row])
+                self._forget_names([row])
         gone += sum(map(self._put, frame.blocks))
         self._weigh([payload], len(self._files) - base, told, gone)
 
@@ -431,6 +480,8 @@ class Ledger(Rows):
                 self.delete(key)
         for key, row in old._unsaved():
             if key not in self.rows:
+                if row in old._names:
+                    self._names[row] = old._names[row]
                 self.rows[key] = row
                 self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
@@ -440,7 +491,7 @@ class Ledger(Rows):
         self._note_order(block.serials)
         columns = (block.places, block.lengths, block.digests, block.serials)
         base = self._add_rows(block.pack or block.files, *columns).start
-        self._note_pickled(block)
+        self._note_pickled(block.keys.pickled)
         again = [*filter(self.unreadable.__contains__, block.keys.pickled)]
         gone = self._nbytes(sum(map(len, again)), gather(self.unreadable, again))
         keys, rows = self._block_keys(block, base)
@@ -471,6 +522,8 @@ class Ledger(Rows):
         """
         if tell:
             self._respell(keys)
+        if self._names:
+            self._forget_names([row for row in map(self.rows.get, keys, repeat(0)) if row < 0])
         before = [*map(self.rows.get, keys, repeat(UNSAVED))]
         if max(before, default=UNSAVED) < 0:
             self.rows.update(zip(keys, rows, strict=True))
@@ -485,13 +538,13 @@ class Ledger(Rows):
         pairs = {key: (b, n) for key, b, n in triples if b >= 0 and b != n}
         gone = self._nbytes(self._spelled(pairs), [b for b, _ in pairs.values()])
         self._retire(b for b, n in pairs.values() if files[b] in packs or files[b] != files[n])
+        self._forget_names(b for b, _ in pairs.values())
         return gone
 
     def _respell(self, keys: list[Hashable]) -> None:
         """Have keys that no commit held here as the commit of another handle names them."""
         unsaved = [key for key in keys if self.rows.get(key, 0) < 0]
-        mine = [as_set(self.rows, key) for key in unsaved]
-        names = {k: k for k, m in zip(unsaved, mine, strict=True) if not _look_alike(k, m)}
+        names = {k: k for k in unsaved if self.rows[k] in self._names or may_differ(k)}
         if names:  # in one step: an interrupt must not come where a key is missing
             self.rows = {names.get(key, key): row for key, row in self.rows.items()}
 
@@ -507,6 +560,7 @@ class Ledger(Rows):
                 self.unreadable[data] = row
             else:
                 rows[read[0]] = row
+                self._names[row] = Unread(data)
         return list(rows), list(rows.values())
 
     def _read_keys(self, keys: Keys) -> tuple[list[Any], list[bytes]]:
@@ -537,7 +591,8 @@ class Ledger(Rows):
             order = sorted(range(len(keys)), key=serials.__getitem__)
             if len({*serials}) < len(keys):  # several handles gave one, and nobody knows who first
                 times = Counter(serials)
-                spelled = [times[serials[n]] > 1 and _spell(keys[n]) for n in range(len(keys))]
+                named = [*map(self._named, keys, rows)]
+                spelled = [times[serials[n]] > 1 and _spell(named[n]) for n in range(len(keys))]
                 order.sort(key=lambda n: (serials[n], rows[n] < 0, spelled[n]))
             self.rows = dict(zip(gather(keys, order), gather(rows, order), strict=True))
             self._in_order = True
@@ -549,10 +604,6 @@ class Ledger(Rows):
         assert all(~row < self._next_serial for _, row in self._unsaved())
         assert all(row < len(self._files) for row in self.rows.values())
         assert not self._deleted.keys() & dict(self.stored()).keys(), "stored and deleted"
-
-
-def _look_alike(key: Hashable, other: Hashable) -> bool:
-    return type(key) is type(other) and is_plain(key) and is_plain(other)
 
 
 def _load_key(data: bytes, trusted: bool) -> Hashable:
@@ -583,4 +634,6 @@ def _in_batches(blocks: Iterable[tuple[list[int], Puts]]) -> Iterator[list[tuple
 
 def _spell(key: Any) -> str:
     """Return a text that orders keys in the same way always, and for everybody."""
+    if type(key) is Unread:
+        key = key.data
     return f"{type(key).__name__} {key!r}" if is_plain(key) else ""

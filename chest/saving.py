@@ -97,8 +97,8 @@ class Saving(Loading):
             step = [*filter(self.inmem.__contains__, keys[start : start + some])]
             start += some
             values.update(zip(step, gather(self.inmem, step), strict=True))
-            if not SURE.issuperset(map(type, step)):
-                spelled = self.ledger.spell(step)
+            spelled = self.ledger.spell(step)
+            if not SURE.issuperset(map(type, spelled)):
                 pairs = zip(step, spelled, strict=True)
                 storable = [key for key, name in pairs if _is_storable(name, unsaved)]
                 step = [*filter(self.inmem.__contains__, storable)]

@@ -175,7 +175,7 @@ class Store(Upkeep):
         before = self.index.appended
         with self.ledger.recording():
             plan = self._plan(batch)
-            payloads = self.ledger.encode(plan.puts, serializer, first=before == 0)
+            payloads, pickles = self.ledger.encode(plan.puts, serializer, first=before == 0)
         try:
             self._note(plan.new)
             for payload in payloads:
@@ -193,7 +193,7 @@ class Store(Upkeep):
                 raise told(error, self.index.path, needed) from error
             raise
         try:
-            self.ledger.committed(plan.puts, serializer, payloads)
+            self.ledger.committed(plan.puts, serializer, payloads, pickles)
             if not joins:
                 self.index.acknowledge()
         except BaseException:
