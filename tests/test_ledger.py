@@ -60,8 +60,8 @@ class Log:
             for key in block.keys:
                 if key not in ledger.rows:
                     ledger.add(key)
-        payloads = ledger.encode(blocks, PICKLE)
-        ledger.committed(blocks, PICKLE, payloads)
+        payloads, pickles = ledger.encode(blocks, PICKLE)
+        ledger.committed(blocks, PICKLE, payloads, pickles)
         ledger.check()
         self.payloads += payloads
         return payloads
@@ -410,7 +410,7 @@ def test_what_goes_on_with_a_commit_does_not_begin_one():
     ledger.obsolete, ledger.packs = [Entry("f", 0, 1, 1)], {P1: 0}
     puts = Puts.of({"x": Entry("x", 0, 1, 1)})
     for first, left in [(True, [*ledger.obsolete, Entry(P1, 0, 0, 0)]), (False, [])]:
-        (payload,) = ledger.encode([puts], PICKLE, first=first)
+        (payload,), _ = ledger.encode([puts], PICKLE, first=first)
         assert (decode(payload).first, decode(payload).left) == (first, left)
 
 
