@@ -63,26 +63,20 @@ class Keys(NamedTuple):
 
     @classmethod
     def of(cls, keys: Iterable[Any]) -> Keys:
-        """Sort `keys` into the two kinds."""
-        if all_plain(keys := [*keys]):
+        """Sort `keys`, which are plain or `Pickled`, into the two kinds."""
+        if Pickled not in {*map(type, keys := [*keys])}:
             return cls(keys, [])
-        kinds: tuple[list[Any], list[Any]] = ([], [])
-        for key in keys:
-            kinds[not is_plain(key)].append(key)
-        return cls(kinds[0], [_pickled(key) for key in kinds[1]])
+        pickles = [key.data for key in keys if type(key) is Pickled]
+        return cls([key for key in keys if type(key) is not Pickled], pickles)
 
 
-class Unread:
-    """Stands for a key that is written as it was, whether it can be read here or not."""
+class Pickled:
+    """Stands for a key that needs a class, whether it can be read here or not."""
 
     __slots__ = ("data",)
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-
-
-def _pickled(key: Any) -> bytes:
-    return key.data if type(key) is Unread else pickle.dumps(key, 5)
 
 
 class Puts(NamedTuple):
@@ -265,7 +259,10 @@ def encode(
     left: Iterable[Entry] = (),
     deleted: Iterable[Hashable] = (),
 ) -> bytes:
-    """Return the payload of a frame; `blocks` are values with the serials of their keys."""
+    """Return the payload of a frame; `blocks` are values with the serials of their keys.
+
+    Keys that need a class are `Pickled`.
+    """
     encoded = [_encode_block(serials, puts) for serials, puts in blocks]
     keys = tuple(Keys.of(deleted))
     return pickle.dumps((first, cleared, serializer, [*map(tuple, left)], keys, encoded), 5)
@@ -274,7 +271,7 @@ def encode(
 def _encode_block(serials: Sequence[int], puts: Puts) -> tuple[Any, ...]:
     keys = Keys.of(puts.keys)
     if keys.pickled:
-        rows = sorted(range(len(serials)), key=lambda row: not is_plain(puts.keys[row]))
+        rows = sorted(range(len(serials)), key=lambda row: type(puts.keys[row]) is Pickled)
         serials, puts = [serials[row] for row in rows], puts.pick(rows)
     places, lengths = puts.places, puts.lengths
     rising = all(map(operator.eq, serials, count(serials[0])))

@@ -16,7 +16,7 @@ import operator
 import pickle
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from itertools import filterfalse, groupby, repeat, starmap
+from itertools import filterfalse, groupby, repeat
 from typing import Any
 
 from chest.aliases import ALIKE, as_set, may_differ
@@ -27,8 +27,8 @@ from chest.columns import (
     Frame,
     FrameError,
     Keys,
+    Pickled,
     Puts,
-    Unread,
     all_plain,
     decode,
     encode,
@@ -147,7 +147,18 @@ class Ledger(Rows):
 
     def _named(self, key: Any, row: int) -> Any:
         """Return what the index names a key, if it has that row."""
-        return self._names.get(row, key) if row >= 0 else key
+        name = self._names.get(row, key) if row >= 0 else key
+        return Pickled(name) if type(name) is bytes and name is not key else name
+
+    def _written(self, keys: list[Any], rows: Iterable[int]) -> list[Any]:
+        """Return keys as the index has them, or shall; the very list where that is as they are."""
+        if not self._names and all_plain(keys):
+            return keys
+        named = map(self._named, keys, rows)
+        return [
+            name if type(name) is Pickled or is_plain(name) else Pickled(pickle.dumps(name, 5))
+            for name in named
+        ]
 
     def _names_of_stored(self) -> dict[int, Any]:
         return {row: name for row, name in self._names.items() if row >= 0}
@@ -240,19 +251,20 @@ class Ledger(Rows):
 
     def encode(
         self, blocks: Iterable[Puts], serializer: tuple[str, bool | None], *, first: bool = True
-    ) -> tuple[list[bytes], dict[Any, Unread]]:
+    ) -> tuple[list[bytes], dict[Any, bytes]]:
         """Return the payloads that record what is put and every deletion that is pending.
 
         With ``first=False`` they go on with the commit that earlier payloads began. Beside them
         are the pickles of those keys that are put and need a class.
         """
-        pickles = {}
+        pickles: dict[Any, bytes] = {}
         written = []
         for puts in blocks:
-            own = self._pickles_of(puts.keys)
-            keys = [own.get(key, key) for key in puts.keys] if own else puts.keys
+            keys = self._written(puts.keys, gather(self.rows, puts.keys))
+            if keys is not puts.keys:
+                named = zip(puts.keys, keys, strict=True)
+                pickles.update((key, name.data) for key, name in named if type(name) is Pickled)
             written.append((self._serials_of(puts.keys), puts._replace(keys=keys)))
-            pickles.update(own)
         batches = _in_batches(written)
         start = encode(
             next(batches, []),
@@ -260,20 +272,9 @@ class Ledger(Rows):
             cleared=self._cleared is not None,
             serializer=serializer,
             left=self.left() if first else (),
-            deleted=[*starmap(self._named, self._deleted.items())],
+            deleted=self._written([*self._deleted], self._deleted.values()),
         )
         return [start, *map(encode, batches)], pickles
-
-    def _pickles_of(self, keys: list[Any]) -> dict[Any, Unread]:
-        """Pickle the keys that need a class, but for those of which commits hold pickles."""
-        if not self._names and all_plain(keys):
-            return {}
-        named = ((key, self._named(key, self.rows[key])) for key in keys)
-        pickles = ((key, name) for key, name in named if not is_plain(name))
-        return {
-            key: name if type(name) is Unread else Unread(pickle.dumps(name, 5))
-            for key, name in pickles
-        }
 
     def _serials_of(self, keys: list[Any]) -> list[int]:
         rows = gather(self.rows, keys)
@@ -296,7 +297,7 @@ class Ledger(Rows):
     def _first(self, key: Any, row: int) -> Any:
         """Return what a key was first set as that is deleted, and may have been by an alias."""
         name = self._named(key, row)
-        read = self._read_keys(Keys([], [name.data]))[0] if type(name) is Unread else []
+        read = self._read_keys(Keys([], [name.data]))[0] if type(name) is Pickled else []
         return read[0] if read else key
 
     def revert(self) -> None:
@@ -307,8 +308,10 @@ class Ledger(Rows):
 
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
-        committed = self.committed_rows() | {Unread(data): n for data, n in self.unreadable.items()}
-        keys, rows = [*starmap(self._named, committed.items())], [*committed.values()]
+        committed = self.committed_rows()
+        keys = self._written([*committed], committed.values())
+        keys = [*keys, *map(Pickled, self.unreadable)]
+        rows = [*committed.values(), *self.unreadable.values()]
         files, places = gather(self._files, rows), gather(self._places, rows)
         packs = [*map({name: name for name in self.packs}.get, files, repeat(""))]
         order = sorted(range(len(keys)), key=[*zip(packs, places, strict=True)].__getitem__)
@@ -332,10 +335,10 @@ class Ledger(Rows):
         blocks: Collection[Puts],
         serializer: tuple[str, bool | None],
         payloads: Sequence[bytes],
-        pickles: dict[Any, Unread],
+        pickles: dict[Any, bytes],
     ) -> None:
         """Take in the chest's own commit, which `encode` has recorded."""
-        base, deleted = len(self._files), [*starmap(self._named, self._deleted.items())]
+        base, deleted = len(self._files), self._written([*self._deleted], self._deleted.values())
         retired = [*self._deleted.values(), *(self._cleared or {}).values()]
         told = self._spelled(deleted)
         gone = self._nbytes(told, self._deleted.values())
@@ -344,7 +347,7 @@ class Ledger(Rows):
             self.unreadable = {}
             gone += self.needed
         self._deleted, self._cleared = {}, None
-        self._note_pickled([name.data for name in pickles.values()])
+        self._note_pickled(pickles.values())
         for puts in blocks:
             rows = self._add_rows(*puts[1:], self._serials_of(puts.keys))
             if pickles:
@@ -391,7 +394,7 @@ class Ledger(Rows):
     def _spelled(self, keys: Collection[Any]) -> int:
         """Return about how many bytes spell keys; what several of them share counts for each."""
         plain = keys if all_plain(keys) else [*filter(is_plain, keys)]
-        read = [key.data for key in keys if type(key) is Unread] if plain is not keys else []
+        read = [key.data for key in keys if type(key) is Pickled] if plain is not keys else []
         each = self._pickled // self._pickles if self._pickles else PICKLED
         nbytes = sum(map(len, map(pickle.dumps, plain, repeat(3))))  # without frames
         return nbytes + sum(map(len, read)) + each * (len(keys) - len(plain) - len(read))
@@ -567,7 +570,7 @@ class Ledger(Rows):
                 self.unreadable[data] = row
             else:
                 rows[read[0]] = row
-                self._names[row] = Unread(data)
+                self._names[row] = data
         return list(rows), list(rows.values())
 
     def _read_keys(self, keys: Keys) -> tuple[list[Any], list[bytes]]:
@@ -641,6 +644,6 @@ def _in_batches(blocks: Iterable[tuple[list[int], Puts]]) -> Iterator[list[tuple
 
 def _spell(key: Any) -> str:
     """Return a text that orders keys in the same way always, and for everybody."""
-    if type(key) is Unread:
+    if type(key) is Pickled:
         key = key.data
     return f"{type(key).__name__} {key!r}" if is_plain(key) else ""

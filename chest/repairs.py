@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable
 
-from chest.columns import Unread, encode
+from chest.columns import Pickled, encode
 from chest.directory import INDEX, Directory
 from chest.errors import CorruptIndexError, ReadOnlyError
 from chest.frames import HEAD, MAGIC, encode_length
@@ -163,6 +163,6 @@ def _delete_unreadable(store: Store, problems: Iterable[Problem]) -> None:
     pickles = [problem.key.data for problem in problems if isinstance(problem.key, PickledKey)]
     if pickles:
         left = store.ledger.left()
-        store.index.append(encode([], first=True, left=left, deleted=[*map(Unread, pickles)]))
+        store.index.append(encode([], first=True, left=left, deleted=[*map(Pickled, pickles)]))
         store.index.publish()
         store.catch_up()

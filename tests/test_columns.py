@@ -16,6 +16,7 @@ from chest.columns import (
     Entry,
     FrameError,
     Keys,
+    Pickled,
     Puts,
     decode,
     encode,
@@ -31,6 +32,10 @@ def packed(*numbers, typecode="Q"):
     """Spell a column as the file holds it on a machine that is little-endian, as on any other."""
     width = {"I": 4, "Q": 8}[typecode]
     return typecode, b"".join(number.to_bytes(width, "little") for number in numbers)
+
+
+def pickled(key):
+    return Pickled(pickle.dumps(key, 5))
 
 
 def payload(*blocks, first=True, cleared=False, serializer=None, left=(), deleted=NO_KEYS):
@@ -162,9 +167,9 @@ def test_a_frame_keeps_its_blocks_apart_and_in_order():
 def test_keys_that_need_a_class_stand_behind_the_others_with_their_own_rows():
     day = dt.date(2026, 1, 1)
     puts = put(
-        (day, 0, Entry("day", 0, 1, 10)),
+        (pickled(day), 0, Entry("day", 0, 1, 10)),
         ("x", 1, Entry("x", 0, 2, 20)),
-        (Color.RED, 2, Entry("red", 0, 3, 30)),
+        (pickled(Color.RED), 2, Entry("red", 0, 3, 30)),
         (7, 3, Entry("seven", 0, 4, 40)),
     )
     found = only_block(encode(puts))
@@ -176,7 +181,7 @@ def test_keys_that_need_a_class_stand_behind_the_others_with_their_own_rows():
 
 
 def test_keys_that_need_a_class_keep_their_places_in_a_pack():
-    puts = put_in_pack((Color.RED, 0, 50, 5, 10), ("x", 1, 55, 6, 20), (7, 2, 61, 7, 30))
+    puts = put_in_pack((pickled(Color.RED), 0, 50, 5, 10), ("x", 1, 55, 6, 20), (7, 2, 61, 7, 30))
     found = only_block(encode(puts))
     assert (found.keys.plain, [*map(pickle.loads, found.keys.pickled)]) == (["x", 7], [Color.RED])
     assert [list(column) for column in (found.serials, found.places)] == [[1, 2, 0], [55, 61, 50]]
@@ -184,7 +189,7 @@ def test_keys_that_need_a_class_keep_their_places_in_a_pack():
 
 
 def test_deleted_keys_that_need_a_class_are_pickled_too():
-    deleted = decode(encode([], deleted=["x", Color.RED])).deleted
+    deleted = decode(encode([], deleted=["x", pickled(Color.RED)])).deleted
     assert (deleted.plain, [*map(pickle.loads, deleted.pickled)]) == (["x"], [Color.RED])
 
 
