@@ -308,7 +308,7 @@ def decode(payload: bytes, *, trusted: bool = False) -> Frame:
         return Frame(
             bool(first), bool(cleared), serializer, [Entry(*e) for e in left], _keys(*deleted), made
         )
-    except FrameError:
+    except (FrameError, MemoryError):
         raise
     except Exception as error:  # content made by hand can raise nearly anything
         raise FrameError(f"it cannot be read ({type(error).__name__}: {error})") from error

@@ -43,6 +43,7 @@ UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is n
 FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
 FRAME = 79  # bytes of a frame beside its records, and the name of the serializer
 RECORD = 20  # bytes of a record beside its key, and the name of its file
+BLOCK = 4096  # bytes that a file takes in steps of
 PICKLED = 200  # bytes of a key that needs a class, where none was seen
 FEW, SHORT = 16, 20  # so few records may take more bytes than that each would among many
 
@@ -193,7 +194,18 @@ class Ledger(Rows):
     def doomed(self) -> int:
         """Return how many bytes those stored values have whose deletion no commit has told yet."""
         rows = [*self._deleted.values(), *(self._cleared or {}).values()]
-        return sum(self._lengths[row] for row in rows if row >= 0)
+        return sum(self.room(row) for row in rows if row >= 0)
+
+    def room(self, row: int) -> int:
+        """Return about how many bytes on disk a stored value takes at most, with its record."""
+        own = 0 if self._files[row] in self.packs else BLOCK
+        keys = len(self.rows) + len(self._deleted) + len(self._cleared or ())
+        return self._lengths[row] + own + self.needed // keys
+
+    def room_of_all(self) -> int:
+        """Return about how many bytes all that is stored takes."""
+        own = 0 if self.packs else BLOCK * len(self.rows)
+        return sum(self._lengths) - self.retired + own + self.needed
 
     @property
     def pending(self) -> bool:

@@ -176,6 +176,9 @@ class Residents(ABC):
                 self.dirty[key] = self._surplus(key, size)
         self._shrunk = sum(self.dirty.values())
         self._outdated = self.ledger.doomed() + self._shrunk
+        if self._store is not None and self._store.untidy:  # nobody knows how much that is
+            self._outdated = sys.maxsize
+        self._free_after = 0.0
         self._torn = False
 
     def start_anew(self) -> None:
@@ -318,7 +321,7 @@ class Residents(ABC):
             self._hide(key)  # first, so that no hit finds what `in` does not
             row = self.ledger.rows.get(key, UNSAVED)
             self.ledger.delete(key)
-            self._outdated += self.ledger.length(row) if row >= 0 else 0
+            self._outdated += self.ledger.room(row) if row >= 0 else 0
             self._forget(key)
 
     def _soil(self, key: Hashable, size: int) -> None:
@@ -349,9 +352,10 @@ class Residents(ABC):
         with self:
             self._fixed = {}  # first, so that no hit finds what `in` does not
             self._arm()
+            room = self.ledger.room_of_all()
             self.ledger.clear()
             self._empty()
-            self._outdated = self.ledger.alive()
+            self._outdated = room
 
     # -- for the subclasses ------------------------------------------------------------------------
 

@@ -61,10 +61,6 @@ class Rows:
             return None
         return file, place, lengths, self._digests[first : last + 1]
 
-    def alive(self) -> int:
-        """Return how many bytes the values have that are needed as of the last commit."""
-        return sum(self._lengths) - self.retired
-
     def dead_packs(self) -> list[str]:
         """Return the packs of which the committed state needs nothing."""
         return [name for name, alive in self.packs.items() if not alive]

@@ -34,6 +34,15 @@ class Saving(Loading):
             self.begin("write the index")
             if self.ledger.pending:
                 self._commit(Batch(self.store.directory), {})
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what an interrupt kept the last commit from removing."""
+        if self._store is not None and self._store.untidy and not self.in_transaction:
+            with self._writing():
+                self._absorb()
+                self._store.sweep()
+                self._look(self._store)
 
     def _save(
         self, keys: list[Any], *, stop: bool, tally: Tally | None = None
@@ -44,6 +53,7 @@ class Saving(Loading):
         it counts as a reason like others.
         """
         if not keys and not self.ledger.pending:
+            self._tidy()
             return {}
         try:
             batch = Batch(self.store.directory, tally)

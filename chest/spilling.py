@@ -19,12 +19,12 @@ from chest.errors import UnsavedError, say, show
 from chest.progress import Tally
 from chest.saving import Saving
 from chest.serialize import changeable
+from chest.upkeep import RETRY
 
 logger = logging.getLogger("chest")
 
 SLACK = 16  # one part in so many of the budget is made free at a time
 OUTDATED = 32 << 20  # bytes on disk that may wait for a commit that frees them
-RETRY = 10  # seconds until what failed is tried again, where nobody asked for it
 WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
 
 
@@ -72,13 +72,14 @@ class Spilling(Saving):
             return
         if time.monotonic() < self._free_after:
             return
-        self._free_after = math.inf  # hooks come here, too
-        aside = {*self.eviction.aside()}
         try:
+            self._free_after = math.inf  # hooks come here, too
+            aside = {*self.eviction.aside()}
             with self:
                 unsaved = self._save([*filterfalse(aside.__contains__, self.dirty)], stop=True)
-                self._report(self._set_aside(unsaved))
+                unsaved = self._set_aside(unsaved)
                 self._outdated = self._shrunk
+                self._report(unsaved)
             self._free_after = 0
         except Exception as error:  # noqa: BLE001 -- what opens and dumps is theirs; it is said
             message = "what was replaced or deleted still takes room on disk: %s"
@@ -128,8 +129,10 @@ class Spilling(Saving):
                 new = False
             else:
                 return False
-            if new or key not in self.dirty:
+            if new:
                 self.dirty[key] = 0
+            elif key not in self.dirty:
+                self._soil(key, size)
             self.inmem[key] = value
             if self._fixed is not self.inmem:
                 self._fixed[key] = value

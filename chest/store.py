@@ -78,6 +78,7 @@ class Store(Upkeep):
         self, path: str, serializer: Serializer, options: Options, *, reopen: bool = False
     ) -> None:
         self._transaction: Written | None = None  # what it has written
+        self.untidy = False  # whether what the last commit made obsolete may still be there
         super().__init__(path, serializer, options, reopen=reopen)
 
     def stage(self, value: object, size: int) -> Staged:
@@ -272,7 +273,13 @@ class Store(Upkeep):
     def _publish(self, written: Written) -> None:
         if self._fsync:
             self.directory.sync([*written.files, *written.packs])
+        self.untidy = True
         self.index.publish()
+
+    def sweep(self) -> None:
+        """Remove what an interrupt kept the last commit from removing; needs the lock."""
+        self._sweep()
+        self.tidy()
 
     def tidy(self) -> None:
         """Remove what commits made obsolete; needs the lock."""
@@ -282,6 +289,7 @@ class Store(Upkeep):
         self._remove_dead_packs()
         self._repack_if_due()
         self._compact_if_due()
+        self.untidy = False
 
     @property
     def in_transaction(self) -> bool:

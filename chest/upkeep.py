@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from itertools import count
@@ -23,6 +24,7 @@ from chest.staging import Batch
 
 logger = logging.getLogger("chest")
 
+RETRY = 10  # seconds until what failed is tried again, where nobody asked for it
 COMPACT_BYTES = 60 << 10  # a log of fewer bytes is not worth a new one
 WASTE = 64 << 20  # bytes by which the dead in packs may exceed the living
 COPIED = 4096  # values that are copied at a time
@@ -41,7 +43,7 @@ class Upkeep(Reading, ABC):
     ) -> None:
         self._swept_staging = False
         self._unsure: list[Entry] = []  # left files of which nobody could tell whose they are
-        self._compact_from = COMPACT_BYTES
+        self._compact_after = 0.0  # the time from which it is tried again, if that failed
         self._tolerated = 0  # bytes retired before waste in packs is looked for
         self._turned = 0  # the turnover of the log when the lock was taken
         self._measured = (0, 0, 0, 0)  # bytes, those needed, records, keys: at the last look
@@ -287,11 +289,15 @@ class Upkeep(Reading, ABC):
         To find that out takes time, and so does writing. Therefore that is asked only where what
         is alive may take half of the log; and only where as much has come and gone as some
         twentieth of the log, by marks that are the same for all who write it: whoever passes one
-        asks.
+        asks. Who could not write it tries again after some time.
         """
         size, step = self.index.length, 1 << self.index.length.bit_length() >> 5
-        if size < self._compact_from or self._turnover() // step == self._turned // step:
+        passed = self._turnover() // step != self._turned // step
+        if size < COMPACT_BYTES or not (passed or self._compact_after):
             return
+        if time.monotonic() < self._compact_after:
+            return
+        self._compact_after = 0.0
         # At the next mark the log may be a step longer, and what is alive a step less.
         if size + 2 * step < 2 * self._estimate():
             return
@@ -305,7 +311,6 @@ class Upkeep(Reading, ABC):
             self._replace_index(payloads)
         except OSError as error:
             logger.warning("the index %s could not be compacted: %s", self.index.path, error)
-            self._compact_from = 2 * size
+            self._compact_after = time.monotonic() + RETRY
         else:
             self.catch_up()
-            self._compact_from = COMPACT_BYTES

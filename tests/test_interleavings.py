@@ -509,6 +509,7 @@ def _bounds(step, monkeypatch):
         monkeypatch.setattr(chest.staging, "STREAM_BYTES", 0)
     if step in REPACKS:
         monkeypatch.setattr(chest.upkeep, "WASTE", 0)
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", NEVER)  # till `dirty_chest` is ready
 
 
 bounded = pytest.mark.usefixtures("_bounds")
@@ -544,7 +545,7 @@ def dirty_chest(path, step, value, *, set_again=True):
     if not set_again:
         c.flush()
     if step == "compact the index":
-        c._memory.store._compact_from = 1
+        chest.upkeep.COMPACT_BYTES = 0
     c._memory.store._tolerated = 0
     c["newer"] = ["newer"]
     c.update(more)

@@ -1541,7 +1541,6 @@ def compact(c):
     c["a", "b"] = [1]
     del c["old"]
     chest.upkeep.COMPACT_BYTES = 0
-    c._memory.store._compact_from = 0
     c.flush()
 
 

@@ -1,17 +1,24 @@
 """What was replaced or deleted leaves the disk without a spill, a flush or a close, too."""
 
+import json
 import logging
 import os
 import sys
 import time
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 from test_memory import Stubborn, refusing
 
+import chest.ledger
 import chest.spilling
+import chest.upkeep
 from chest import Chest, UnsavedError
+from chest.directory import Directory
+from chest.ledger import Ledger
 from chest.memory import Memory
+from chest.store import Store
 
 N, SIZE, LIMIT = 100, 1000, 10_000
 
@@ -20,6 +27,7 @@ N, SIZE, LIMIT = 100, 1000, 10_000
 def scarce(monkeypatch):
     """A disk of which little may be taken by what is out of date."""
     monkeypatch.setattr(chest.spilling, "OUTDATED", LIMIT)
+    monkeypatch.setattr(chest.ledger, "BLOCK", 0)
 
 
 @pytest.fixture(params=[0, 5000, 1e9])
@@ -378,8 +386,8 @@ def interrupted(inside):
     ("change", "inside"),
     [
         (Chest.clear, "_empty"),
-        (lambda c: c.pop("big"), "length"),
-        (lambda c: c.__delitem__("big"), "length"),
+        (lambda c: c.pop("big"), "room"),
+        (lambda c: c.__delitem__("big"), "room"),
     ],
     ids=["clear", "pop", "delete"],
 )
@@ -494,6 +502,105 @@ def test_what_is_replaced_again_by_the_same_size_stays_counted(path):
         c._check()
         c["more"] = b"1"
         assert on_disk(c) < 1000
+
+
+@contextmanager
+def interrupt_in(owner, name):
+    """Have a call of a method end in an interrupt, instead of doing anything."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with mock.patch.object(owner, name, interrupt), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+def free_by_sets(c):
+    for n in range(10):
+        c["x"] = [n]
+
+
+@pytest.mark.parametrize("step", [(Directory, "remove"), (Ledger, "_retire"), (Store, "tidy")])
+@pytest.mark.parametrize("free", [Chest.flush, Chest.write_keys, Chest.close, free_by_sets])
+def test_what_an_interrupt_left_of_it_is_removed_all_the_same(path, step, free):
+    with Chest({n: bytes(LIMIT) for n in range(10)}, path) as c:
+        c.flush()
+        with interrupt_in(*step):
+            c.clear()
+        free(c)
+        found = [name for name in os.listdir(path) if name not in (".keys", "x")]
+        assert not found
+
+
+def test_nothing_is_swept_where_all_was_tidy(path, monkeypatch):
+    with Chest({"a": [1]}, path) as c:
+        c["a"] = [2]
+        c.flush()
+        monkeypatch.setattr(Store, "sweep", None)
+        c.flush()
+        c.write_keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "old", "new"),
+    [
+        ({"dump": json.dump, "load": json.load}, "\x01" * 1000, "a" * 1000),
+        ({"nbytes": lambda value: 100}, "x" * 6000, "y"),
+    ],
+)
+def test_the_streams_count_where_sizes_in_memory_are_the_same(path, options, old, new):
+    with Chest({f"k{n}": old for n in range(N)}, path, open=open_like_builtin, **options) as c:
+        c.flush()
+        before = on_disk(c)
+        for n in range(N):
+            c[f"k{n}"] = new
+        assert on_disk(c) < before / 2
+        c._check()
+
+
+def test_keys_count_too(path):
+    with Chest({"k" * SIZE + str(n): None for n in range(10 * N)}, path) as c:
+        c.flush()
+        before = os.path.getsize(os.path.join(path, ".keys"))
+        for n in range(10 * N - 1):
+            del c["k" * SIZE + str(n)]
+        after = os.path.getsize(os.path.join(path, ".keys"))
+        assert after < chest.upkeep.COMPACT_BYTES + 3 * LIMIT < before / 9
+        c.update({"k" * SIZE + str(n): None for n in range(10 * N)})
+        c.flush()
+        c.clear()
+        assert os.path.getsize(os.path.join(path, ".keys")) < 1000
+
+
+@pytest.mark.parametrize("act", [lambda c: [*map(c.pop, range(N))], Chest.clear])
+def test_files_of_few_bytes_count_as_blocks(path, act, monkeypatch):
+    monkeypatch.setattr(chest.ledger, "BLOCK", 4096)
+    with Chest({n: n for n in range(N)}, path, open=open_like_builtin) as c:
+        c.flush()
+        act(c)
+        assert len(os.listdir(path)) < 5
+
+
+def test_what_is_deleted_as_the_log_tells_of_something_stays_counted(path):
+    class Deletes(logging.Handler):
+        def emit(self, record):
+            c.pop("big", None)
+
+    handler = Deletes(logging.WARNING)
+    with Chest({"first": bytes(2 * LIMIT), "big": bytes(N * SIZE)}, path) as c:
+        c.flush()
+        c.move_to_disk("first")
+        c.move_to_disk("big")
+        c["bad"] = Stubborn(ValueError("no"))
+        logging.getLogger("chest").addHandler(handler)
+        try:
+            del c["first"]
+            c["x"] = [1]
+        finally:
+            logging.getLogger("chest").removeHandler(handler)
+        c["x"] = [2]
+        assert on_disk(c) < 1000
+        del c["bad"]
 
 
 # -- and nothing is written for nothing -----------------------------------------------------------

@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 import threading
+import time
 import types
 from contextlib import suppress
 from io import FileIO
@@ -936,6 +937,31 @@ def test_the_index_takes_at_most_twice_what_its_keys_need(path, act, monkeypatch
                 assert os.path.getsize(keys_file(path)) <= max(2 * needed, floor + floor // 8)
         c._check()
         assert dict(other) == dict(c)
+
+
+def test_an_index_that_could_not_be_compacted_is_after_some_time(path, monkeypatch):
+    with Chest({"k" * 100 + str(n): None for n in range(3000)}, path=path) as c:
+        c.flush()
+        size = os.path.getsize(keys_file(path))
+        for n in range(2999):
+            del c["k" * 100 + str(n)]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", refuse)
+            c.flush()
+        assert os.path.getsize(keys_file(path)) > size
+        c["x"] = 1
+        c.flush()
+        assert os.path.getsize(keys_file(path)) > size
+        now = time.monotonic()
+        monkeypatch.setattr(chest.upkeep.time, "monotonic", lambda: now + chest.upkeep.RETRY)
+        c["x"] = 2
+        c.flush()
+        assert os.path.getsize(keys_file(path)) < 1000
+        c._check()
+
+
+def refuse(*_):
+    raise OSError(errno.ENOSPC, "no luck")
 
 
 @dataclasses.dataclass(frozen=True)
