@@ -302,15 +302,8 @@ class Ledger(Rows):
             return dict(self.stored())
         # Not the keys that no commit holds: they may be named otherwise.
         cleared = {key: row for key, row in (self._cleared or {}).items() if row >= 0}
-        deleted = {self._first(key, row): row for key, row in self._deleted.items()}
-        rows = {**cleared, **deleted, **dict(self.stored())}
+        rows = {**cleared, **self._deleted, **dict(self.stored())}
         return {key: row for key, row in rows.items() if row >= 0}
-
-    def _first(self, key: Any, row: int) -> Any:
-        """Return what a key was first set as that is deleted, and may have been by an alias."""
-        name = self._named(key, row)
-        read = self._read_keys(Keys([], [name.data]))[0] if type(name) is Pickled else []
-        return read[0] if read else key
 
     def revert(self) -> None:
         """Forget what is pending: keys that were added go, those that were deleted are back."""

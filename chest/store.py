@@ -278,17 +278,25 @@ class Store(Upkeep):
 
     def sweep(self) -> None:
         """Remove what an interrupt kept the last commit from removing; needs the lock."""
-        self._sweep()
+        try:
+            self._sweep()
+        except Exception:
+            self.untidy = False  # to try that again would fail again
+            raise
         self.tidy()
 
     def tidy(self) -> None:
         """Remove what commits made obsolete; needs the lock."""
         if self._transaction is not None:
             return
-        self._remove(self.ledger.obsolete)
-        self._remove_dead_packs()
-        self._repack_if_due()
-        self._compact_if_due()
+        try:
+            self._remove(self.ledger.obsolete)
+            self._remove_dead_packs()
+            self._repack_if_due()
+            self._compact_if_due()
+        except Exception:
+            self.untidy = False
+            raise
         self.untidy = False
 
     @property
@@ -328,8 +336,10 @@ class Store(Upkeep):
         wrote = self.index.appended or self.index.seen == -1
         if self.index.appended and not self.index.published:
             self._take_back(written, 0)
+        # The ledger has what was deleted under the names by which it was deleted.
+        reads = wrote or self.ledger.pending
         self.ledger.revert()
-        if wrote:
+        if reads:
             self.index.rewind()
             self.catch_up()
 

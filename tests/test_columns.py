@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import chest.columns
 from chest.columns import (
     SERIALS,
     Entry,
@@ -178,6 +179,16 @@ def test_keys_that_need_a_class_stand_behind_the_others_with_their_own_rows():
     assert found.files == ["x", "seven", "day", "red"]
     assert list(found.serials) == [1, 3, 0, 2]
     assert list(found.digests) == [20, 40, 10, 30]
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_frame(monkeypatch):
+    def fail(stream):
+        raise MemoryError
+
+    data = encode([])
+    monkeypatch.setattr(chest.columns, "_Plain", fail)
+    with pytest.raises(MemoryError):
+        decode(data)
 
 
 def test_keys_that_need_a_class_keep_their_places_in_a_pack():

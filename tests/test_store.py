@@ -1276,6 +1276,8 @@ def test_a_compaction_that_fails_is_told_and_the_chest_goes_on(path, often, monk
         assert "could not be compacted" in caplog.text
         c._check()
         assert read_back(path) == {"x": 29}
+        now = time.monotonic()
+        monkeypatch.setattr(chest.upkeep.time, "monotonic", lambda: now + chest.upkeep.RETRY)
         for n in range(30, 90):
             c["x"] = n
             c.flush()
