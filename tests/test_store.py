@@ -960,6 +960,19 @@ def test_an_index_that_could_not_be_compacted_is_after_some_time(path, monkeypat
         c._check()
 
 
+def test_so_is_one_whose_compaction_was_interrupted(path, monkeypatch):
+    with Chest({"k" * 100 + str(n): None for n in range(3000)}, path=path) as c:
+        c.flush()
+        for n in range(2999):
+            del c["k" * 100 + str(n)]
+        interrupt(monkeypatch, Index, "replace", KeyboardInterrupt(), late=False)
+        with pytest.raises(KeyboardInterrupt):
+            c.flush()
+        assert os.path.getsize(keys_file(path)) > 100_000
+        c.flush()
+        assert os.path.getsize(keys_file(path)) < 1000
+
+
 def refuse(*_):
     raise OSError(errno.ENOSPC, "no luck")
 
