@@ -7,10 +7,14 @@ again may be pickled otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable
+import pickle
+from collections import deque
+from collections.abc import Container, Hashable, Iterable
+from itertools import repeat
 from typing import Any
 
-from chest.columns import is_plain
+from chest.columns import Pickled, all_plain, is_plain
+from chest.rows import Rows
 
 ALIKE = {str, bytes, int, type(None)}  # of these types, keys that are set look like those there
 
@@ -46,3 +50,60 @@ def as_set(keys: Container[Hashable], key: Any) -> Any:
     """
     probe = _Probe(key)
     return probe.found if probe in keys else key
+
+
+class Aliases(Rows):
+    """The keys of a chest, and what each was first set as.
+
+    Attributes
+    ----------
+    rows : dict
+        Every key, in order, with its row, or with ``~serial`` as long as no commit holds its
+        value; replaced as a whole when cleared.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[Any, int] = {}
+        # What keys were first set as, by row, where an equal one may be written otherwise: their
+        # pickles if the index has any, and else themselves.
+        self._names: dict[int, Any] = {}
+
+    def spelled(self, key: Any) -> Any:
+        """Return a key as it was first set, but for one of which a commit holds the pickle.
+
+        A number of numpy's, or of an enum, finds the value of the int that it is equal to. No
+        commit may name one in the place of the other: where a class cannot be loaded, they are two.
+        """
+        row = self.rows.get(key)
+        if row is None or row not in self._names:
+            return as_set(self.rows, key) if may_differ(key) else key
+        return key if row >= 0 else self._names[row]
+
+    def spell(self, keys: list[Any]) -> list[Any]:
+        """Return keys as they were first set, as `spelled` does."""
+        if not self._names and ALIKE.issuperset(map(type, keys)):
+            return keys
+        return [*map(self.spelled, keys)]
+
+    def _named(self, key: Any, row: int) -> Any:
+        """Return what the index names a key, if it has that row."""
+        name = self._names.get(row, key) if row >= 0 else key
+        return Pickled(name) if type(name) is bytes and name is not key else name
+
+    def _written(self, keys: list[Any], rows: Iterable[int]) -> list[Any]:
+        """Return keys as the index has them, or shall; the very list where that is as they are."""
+        if not self._names and all_plain(keys):
+            return keys
+        named = map(self._named, keys, rows)
+        return [
+            name if type(name) is Pickled or is_plain(name) else Pickled(pickle.dumps(name, 5))
+            for name in named
+        ]
+
+    def _names_of_stored(self) -> dict[int, Any]:
+        return {row: name for row, name in self._names.items() if row >= 0}
+
+    def _forget_names(self, rows: Iterable[int]) -> None:
+        if self._names:
+            deque(map(self._names.pop, rows, repeat(None)), maxlen=0)

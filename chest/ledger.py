@@ -19,7 +19,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import filterfalse, groupby, repeat
 from typing import Any
 
-from chest.aliases import ALIKE, as_set, may_differ
+from chest.aliases import ALIKE, Aliases, may_differ
 from chest.blocks import Steps, block
 from chest.columns import (
     Block,
@@ -37,7 +37,6 @@ from chest.columns import (
 )
 from chest.errors import say
 from chest.filenames import pack_number
-from chest.rows import Rows
 
 UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
 FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
@@ -50,7 +49,7 @@ FEW, SHORT = 16, 20  # so few records may take more bytes than that each would a
 logger = logging.getLogger("chest")
 
 
-class Ledger(Rows):
+class Ledger(Aliases):
     """All keys of a chest, with the entries of those that are stored.
 
     Parameters
@@ -60,9 +59,6 @@ class Ledger(Rows):
 
     Attributes
     ----------
-    rows : dict
-        Every key, in order, with its row, or with ``~serial`` as long as no commit holds its
-        value; replaced as a whole when cleared.
     needed : int
         About how many bytes of the log record what is alive.
     gone : int
@@ -83,7 +79,6 @@ class Ledger(Rows):
     def __init__(self, trusted: bool) -> None:
         super().__init__()
         self.trusted = trusted
-        self.rows: dict[Any, int] = {}
         self.needed = 0
         self.gone = 0
         self.records = 0
@@ -93,9 +88,6 @@ class Ledger(Rows):
         self._pickled = self._pickles = 0  # bytes and number of keys that need a class, as read
         self._next_serial = 0
         self._in_order = True
-        # What keys were first set as, by row, where an equal one may be written otherwise: their
-        # pickles if the index has any, and else themselves.
-        self._names: dict[int, Any] = {}
         self.is_recording = False
         self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
         self._cleared: dict[Any, int] | None = None  # not committed yet: what `rows` was
@@ -128,45 +120,6 @@ class Ledger(Rows):
         names = self._names_of_stored()
         # No call from here on: an interrupt finds all of it or nothing.
         self._cleared, self._deleted, self.rows, self._names = cleared, deleted, {}, names
-
-    def spelled(self, key: Any) -> Any:
-        """Return a key as it was first set, but for one of which a commit holds the pickle.
-
-        A number of numpy's, or of an enum, finds the value of the int that it is equal to. No
-        commit may name one in the place of the other: where a class cannot be loaded, they are two.
-        """
-        row = self.rows.get(key)
-        if row is None or row not in self._names:
-            return as_set(self.rows, key) if may_differ(key) else key
-        return key if row >= 0 else self._names[row]
-
-    def spell(self, keys: list[Any]) -> list[Any]:
-        """Return keys as they were first set, as `spelled` does."""
-        if not self._names and ALIKE.issuperset(map(type, keys)):
-            return keys
-        return [*map(self.spelled, keys)]
-
-    def _named(self, key: Any, row: int) -> Any:
-        """Return what the index names a key, if it has that row."""
-        name = self._names.get(row, key) if row >= 0 else key
-        return Pickled(name) if type(name) is bytes and name is not key else name
-
-    def _written(self, keys: list[Any], rows: Iterable[int]) -> list[Any]:
-        """Return keys as the index has them, or shall; the very list where that is as they are."""
-        if not self._names and all_plain(keys):
-            return keys
-        named = map(self._named, keys, rows)
-        return [
-            name if type(name) is Pickled or is_plain(name) else Pickled(pickle.dumps(name, 5))
-            for name in named
-        ]
-
-    def _names_of_stored(self) -> dict[int, Any]:
-        return {row: name for row, name in self._names.items() if row >= 0}
-
-    def _forget_names(self, rows: Iterable[int]) -> None:
-        if self._names:
-            deque(map(self._names.pop, rows, repeat(None)), maxlen=0)
 
     def demand_quiet(self) -> None:
         """Refuse what would make history of a commit that is being recorded.

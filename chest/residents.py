@@ -178,7 +178,8 @@ class Residents(ABC):
         self._outdated = self.ledger.doomed() + self._shrunk
         if self._store is not None and self._store.untidy:  # nobody knows how much that is
             self._outdated = sys.maxsize
-        self._free_after = 0.0
+        if self._free_after == math.inf:
+            self._free_after = 0.0
         self._torn = False
 
     def start_anew(self) -> None:
