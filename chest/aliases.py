@@ -13,7 +13,7 @@ from collections.abc import Container, Hashable, Iterable
 from itertools import repeat
 from typing import Any
 
-from chest.columns import Pickled, all_plain, is_plain
+from chest.columns import NUMBERS, Pickled, all_plain, is_plain
 from chest.rows import Rows
 
 ALIKE = {str, bytes, int, type(None)}  # of these types, keys that are set look like those there
@@ -40,7 +40,7 @@ class _Probe:
 
 def may_differ(key: Hashable) -> bool:
     """Tell whether a key may look otherwise than an equal one, both read without any class."""
-    return type(key) not in ALIKE and (not is_plain(key) or type(key) in (bool, float))
+    return type(key) not in ALIKE and (not is_plain(key) or type(key) in NUMBERS)
 
 
 def as_set(keys: Container[Hashable], key: Any) -> Any:
@@ -78,7 +78,8 @@ class Aliases(Rows):
         row = self.rows.get(key)
         if row is None or row not in self._names:
             return as_set(self.rows, key) if may_differ(key) else key
-        return key if row >= 0 else self._names[row]
+        name = self._names[row]
+        return key if type(name) is bytes else name
 
     def spell(self, keys: list[Any]) -> list[Any]:
         """Return keys as they were first set, as `spelled` does."""
@@ -103,6 +104,11 @@ class Aliases(Rows):
 
     def _names_of_stored(self) -> dict[int, Any]:
         return {row: name for row, name in self._names.items() if row >= 0}
+
+    def _retire(self, rows: Iterable[int]) -> None:
+        stored = [row for row in rows if row >= 0]
+        super()._retire(stored)
+        self._forget_names(stored)
 
     def _forget_names(self, rows: Iterable[int]) -> None:
         if self._names:

@@ -29,6 +29,7 @@ _WITH_NAN = {float, tuple, frozenset}  # what may be a nan, or have one in it
 SERIALS = 1 << 63  # so many can be given
 PARTS = 1 << 20  # of a plain key that has tuples in it: each is looked at for its hash
 HEIGHT = 100  # of a plain key: tuples in tuples, each of which takes some of the reader's stack
+NUMBERS = {bool, float}  # plain keys that may be equal to others, and look otherwise
 CHECKED = 1 << 16  # bytes of a frame, up to which the opcodes of a trusted one are looked at, too
 
 Packed = tuple[str, bytes]
@@ -56,10 +57,14 @@ class Entry(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys that are stored as they are, and the pickles of the others."""
+    """Keys that are stored as they are, and the pickles of the others.
+
+    `numbers` tells of those that were read whether a bool or float is among the plain ones.
+    """
 
     plain: list[Any]
     pickled: list[bytes]
+    numbers: bool = False
 
     @classmethod
     def of(cls, keys: Iterable[Any]) -> Keys:
@@ -264,7 +269,7 @@ def encode(
     Keys that need a class are `Pickled`.
     """
     encoded = [_encode_block(serials, puts) for serials, puts in blocks]
-    keys = tuple(Keys.of(deleted))
+    keys = tuple(Keys.of(deleted)[:2])
     return pickle.dumps((first, cleared, serializer, [*map(tuple, left)], keys, encoded), 5)
 
 
@@ -280,7 +285,7 @@ def _encode_block(serials: Sequence[int], puts: Puts) -> tuple[Any, ...]:
     else:
         following = not any(places)
     return (
-        tuple(keys),
+        tuple(keys[:2]),
         serials[0] if rising else _pack(serials),
         puts.files,
         places[0] if following else _pack(places),
@@ -325,7 +330,7 @@ def _keys(plain: list[Any], pickled: list[bytes]) -> Keys:
             plain = [_with_one_nan(key, made) for key in plain]
     if not {*map(type, pickled)} <= {bytes}:
         raise FrameError("it has a key that is not a pickle")
-    return Keys(plain, pickled)
+    return Keys(plain, pickled, not kinds.isdisjoint(NUMBERS))
 
 
 def _has_nan(key: Any, without: set[int]) -> bool:

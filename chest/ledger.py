@@ -22,6 +22,7 @@ from typing import Any
 from chest.aliases import ALIKE, Aliases, may_differ
 from chest.blocks import Steps, block
 from chest.columns import (
+    NUMBERS,
     Block,
     Entry,
     Frame,
@@ -88,6 +89,7 @@ class Ledger(Aliases):
         self._pickled = self._pickles = 0  # bytes and number of keys that need a class, as read
         self._next_serial = 0
         self._in_order = True
+        self._ties = False  # whether keys have one number, which several handles gave
         self.is_recording = False
         self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
         self._cleared: dict[Any, int] | None = None  # not committed yet: what `rows` was
@@ -216,19 +218,23 @@ class Ledger(Aliases):
 
     def encode(
         self, blocks: Iterable[Puts], serializer: tuple[str, bool | None], *, first: bool = True
-    ) -> tuple[list[bytes], dict[Any, bytes]]:
+    ) -> tuple[list[bytes], dict[Any, Any]]:
         """Return the payloads that record what is put and every deletion that is pending.
 
         With ``first=False`` they go on with the commit that earlier payloads began. Beside them
-        are the pickles of those keys that are put and need a class.
+        are the names of those keys that are put and of which the index has one: see `_names`.
         """
-        pickles: dict[Any, bytes] = {}
+        names: dict[Any, Any] = {}
         written = []
         for puts in blocks:
             keys = self._written(puts.keys, gather(self.rows, puts.keys))
-            if keys is not puts.keys:
+            if not ALIKE.issuperset(map(type, keys)):
                 named = zip(puts.keys, keys, strict=True)
-                pickles.update((key, name.data) for key, name in named if type(name) is Pickled)
+                names.update(
+                    (key, name.data if type(name) is Pickled else name)
+                    for key, name in named
+                    if type(name) is Pickled or type(name) in NUMBERS
+                )
             written.append((self._serials_of(puts.keys), puts._replace(keys=keys)))
         batches = _in_batches(written)
         start = encode(
@@ -239,7 +245,7 @@ class Ledger(Aliases):
             left=self.left() if first else (),
             deleted=self._written([*self._deleted], self._deleted.values()),
         )
-        return [start, *map(encode, batches)], pickles
+        return [start, *map(encode, batches)], names
 
     def _serials_of(self, keys: list[Any]) -> list[int]:
         rows = gather(self.rows, keys)
@@ -293,7 +299,7 @@ class Ledger(Aliases):
         blocks: Collection[Puts],
         serializer: tuple[str, bool | None],
         payloads: Sequence[bytes],
-        pickles: dict[Any, bytes],
+        names: dict[Any, Any],
     ) -> None:
         """Take in the chest's own commit, which `encode` has recorded."""
         base, deleted = len(self._files), self._written([*self._deleted], self._deleted.values())
@@ -305,15 +311,16 @@ class Ledger(Aliases):
             self.unreadable = {}
             gone += self.needed
         self._deleted, self._cleared = {}, None
-        self._note_pickled(pickles.values())
+        self._note_pickled([name for name in names.values() if type(name) is bytes])
         for puts in blocks:
             rows = self._add_rows(*puts[1:], self._serials_of(puts.keys))
-            if pickles:
-                named = zip(map(pickles.get, puts.keys), rows, strict=True)
+            if names:
+                named = zip(map(names.get, puts.keys), rows, strict=True)
                 self._names.update((row, name) for name, row in named if name is not None)
             gone += self._replace(puts.keys, rows)
         self._retire(retired)
-        self._forget_names(row for row in retired if row >= 0)
+        if self._ties:  # keys that no commit holds come behind others
+            self._in_order = False
         self.serializers[serializer[0]] = serializer[1]
         self.records += len(deleted)
         self._weigh(payloads, len(self._files) - base, told, gone)
@@ -401,7 +408,6 @@ class Ledger(Aliases):
                 self._tell([(key, row)])
                 del self.rows[key]
                 self._retire([row])
-                self._forget_names([row])
         gone += sum(map(self._put, frame.blocks))
         self._weigh([payload], len(self._files) - base, told, gone)
 
@@ -517,7 +523,10 @@ class Ledger(Aliases):
             self.rows = {names.get(key, key): row for key, row in self.rows.items()}
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Sequence[int]]:
-        plain, pickled = block.keys
+        plain, pickled, numbers = block.keys
+        if numbers:
+            found = zip(range(base, base + len(plain)), plain, strict=True)
+            self._names.update((row, key) for row, key in found if type(key) in NUMBERS)
         if not pickled:
             return plain, range(base, base + len(plain))
         rows = dict(zip(plain, range(base, base + len(plain)), strict=True))
@@ -557,7 +566,8 @@ class Ledger(Aliases):
             keys, rows = [*self.rows], [*self.rows.values()]
             serials = self._serials_of(keys)
             order = sorted(range(len(keys)), key=serials.__getitem__)
-            if len({*serials}) < len(keys):  # several handles gave one, and nobody knows who first
+            self._ties = len({*serials}) < len(keys)
+            if self._ties:  # nobody knows who was first
                 times = Counter(serials)
                 named = [*map(self._named, keys, rows)]
                 spelled = [times[serials[n]] > 1 and _spell(named[n]) for n in range(len(keys))]

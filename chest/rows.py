@@ -100,8 +100,6 @@ class Rows:
         """Take note that the values of these rows are needed no more."""
         files, packs = self._files, self.packs
         for row in rows:
-            if row < 0:
-                continue
             file = files[row]
             self.retired += self._lengths[row]
             if file in packs:

@@ -176,7 +176,7 @@ class Store(Upkeep):
         before = self.index.appended
         with self.ledger.recording():
             plan = self._plan(batch)
-            payloads, pickles = self.ledger.encode(plan.puts, serializer, first=before == 0)
+            payloads, names = self.ledger.encode(plan.puts, serializer, first=before == 0)
         try:
             self._note(plan.new)
             for payload in payloads:
@@ -194,7 +194,7 @@ class Store(Upkeep):
                 raise told(error, self.index.path, needed) from error
             raise
         try:
-            self.ledger.committed(plan.puts, serializer, payloads, pickles)
+            self.ledger.committed(plan.puts, serializer, payloads, names)
             if not joins:
                 self.index.acknowledge()
         except BaseException:

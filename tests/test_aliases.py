@@ -14,6 +14,7 @@ import chest
 import chest.ledger
 from chest import Chest, UnsavedError
 from chest.aliases import as_set, may_differ
+from chest.columns import decode
 
 JSON = {"dump": json.dump, "load": json.load}
 
@@ -319,6 +320,17 @@ def test_keys_of_one_number_have_one_order_for_everybody(path):
             assert [*a] == [*b] == [*c]
 
 
+@pytest.mark.parametrize(("first", "second"), [("z", "a"), ("a", "z")])
+def test_and_do_so_once_all_of_them_are_committed(path, first, second):
+    with Chest(path=path) as a, Chest(path=path) as b:
+        a[first], b[second] = 1, 2
+        a.flush()
+        assert [*b] == [first, second]
+        b.flush()
+        with Chest(path=path) as c:
+            assert [*a] == [*b] == [*c]
+
+
 @pytest.mark.parametrize("how", ["copy", "|", "|=", "deepcopy"])
 def test_chests_that_come_of_others_name_keys_as_dicts_do(how):
     a, b = {True: 1, 2.0: 2}, {1: 5, 2: 6, 3: 7}
@@ -365,7 +377,69 @@ def test_names_take_no_memory_that_grows(path):
                 del c[Named("x")], c[n + 0.5]
             elif n % 4:
                 c.clear()
-            assert len(c._memory.ledger._names) <= len(c) + 4  # which are deleted, not committed
+            assert len(c._memory.ledger._names) <= len(c) + 8  # which are deleted, not committed
+
+
+def test_nor_do_those_of_keys_that_no_commit_held(path):
+    with Chest(path=path) as c:
+        for n in range(100):
+            c[0.5], c[Named("x")] = n, n
+            del c[0.5], c[Named("x")]
+        assert not c._memory.ledger._names
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        (None, Chest.clear),
+        (None, lambda c: c.pop(Named("x"))),
+        (lambda c: c.pop(Named("x")), lambda c: c.pop(Named("x"))),
+        (lambda c: c.pop(Named("x")), lambda c: c.__setitem__(Named("x"), 1)),
+        (Chest.clear, lambda c: c.pop(Named("x"))),
+        (Chest.clear, lambda c: c.__setitem__(Named("x"), 1)),
+    ],
+)
+def test_nor_do_those_of_what_others_commit(path, mine, theirs):
+    with Chest(path=path) as a, Chest(path=path) as b:
+        for n in range(20):
+            a[Named("x")] = n
+            a.flush()
+            if mine and len(b):
+                mine(b)
+            theirs(a)
+            a.flush()
+            assert len(b) <= 1
+        b.flush()
+        assert len(a) == len(b)
+        assert len(a._memory.ledger._names) == len(b._memory.ledger._names) == len(a)
+
+
+def test_a_name_stays_that_is_committed_again_by_another(path, pair):
+    first, second = pair
+    with Chest(path=path) as a, Chest(path=path) as b:
+        b[first] = "old"
+        b.flush()
+        assert look(*a) == look(first)
+        del a[first]
+        a[first] = "mine"
+        b[second] = "theirs"
+        b.flush()
+        assert look(*a) == look(*b) == look(first)
+        a.flush()
+        a.compact()
+        with Chest(path=path) as c:
+            assert look(*a) == look(*b) == look(*c) == look(first)
+            assert c[first] == "mine"
+
+
+def test_what_is_cleared_keeps_its_name_in_a_snapshot(path):
+    with Chest({1: "old"}, path=path) as c:
+        c.flush()
+        del c[1]
+        c[np.int64(1)] = "new"
+        c.clear()
+        keys = [block.keys for data in c._memory.ledger.snapshot() for block in decode(data).blocks]
+        assert keys == [([1], [], False)]
 
 
 class Anything:

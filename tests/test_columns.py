@@ -134,7 +134,8 @@ lengths = st.integers(1, BIG)  # of values in packs: dead packs are those of no 
 @given(st.lists(st.tuples(plain_keys, serials, st.text(), words, words), min_size=1, max_size=6))
 def test_any_plain_keys_and_numbers_come_back(rows):
     found = only_block(encode(put(*((k, n, Entry(f, 0, *ints)) for k, n, f, *ints in rows))))
-    assert found.keys == Keys([key for key, *_ in rows], [])
+    assert found.keys[:2] == ([key for key, *_ in rows], [])
+    assert found.keys.numbers is any(type(key) in (bool, float) for key, *_ in rows)
     assert [*map(type, found.keys.plain)] == [type(key) for key, *_ in rows]
     assert list(found.serials) == [n for _, n, _, _, _ in rows]
     assert found.files == [name for _, _, name, _, _ in rows]

@@ -60,8 +60,8 @@ class Log:
             for key in block.keys:
                 if key not in ledger.rows:
                     ledger.add(key)
-        payloads, pickles = ledger.encode(blocks, PICKLE)
-        ledger.committed(blocks, PICKLE, payloads, pickles)
+        payloads, names = ledger.encode(blocks, PICKLE)
+        ledger.committed(blocks, PICKLE, payloads, names)
         ledger.check()
         self.payloads += payloads
         return payloads
