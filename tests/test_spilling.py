@@ -533,6 +533,17 @@ def test_what_an_interrupt_left_of_it_is_removed_all_the_same(path, step, free):
         assert not found
 
 
+def test_what_fails_as_that_is_removed_fails_once(path):
+    with Chest({"x": bytes(LIMIT)}, path) as c:
+        c.flush()
+        with interrupt_in(Store, "tidy"):
+            c.clear()
+        with mock.patch.object(Store, "_sweep", side_effect=OSError):
+            with pytest.raises(OSError):
+                c.flush()
+            c.flush()
+
+
 def test_nothing_is_swept_where_all_was_tidy(path, monkeypatch):
     with Chest({"a": [1]}, path) as c:
         c["a"] = [2]
