@@ -414,12 +414,14 @@ def test_nor_do_those_of_what_others_commit(path, mine, theirs):
         assert len(a._memory.ledger._names) == len(b._memory.ledger._names) == len(a)
 
 
-def test_a_name_stays_that_is_committed_again_by_another(path, pair):
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_name_stays_that_is_committed_again_by_another(path, pair, reads):
     first, second = pair
     with Chest(path=path) as a, Chest(path=path) as b:
-        b[first] = "old"
-        b.flush()
-        assert look(*a) == look(first)
+        c = a if reads else b
+        c[first] = "old"
+        c.flush()
+        assert look(*a) == look(*b) == look(first)
         del a[first]
         a[first] = "mine"
         b[second] = "theirs"
