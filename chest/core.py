@@ -202,6 +202,7 @@ class Chest(Status, MutableMapping[K, V]):
         with self.lock:
             self._memory.begin_to_delete("delete a key")
             self._memory.delete(key)
+            self._memory.end_deletion()
 
     def __contains__(self, key: object) -> bool:
         begun = self._memory.transactions

@@ -25,6 +25,7 @@ logger = logging.getLogger("chest")
 
 SLACK = 16  # one part in so many of the budget is made free at a time
 OUTDATED = 32 << 20  # bytes on disk that may wait for a commit that frees them
+MUCH = 128 << 20  # bytes that do not wait for the next operation where nobody was given a value
 WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
 
 
@@ -54,6 +55,11 @@ class Spilling(Saving):
         if self._outdated > OUTDATED:
             self._free_disk()
             self.begin(action)  # for it may have torn what is in memory, and failed
+
+    def end_deletion(self) -> None:
+        """Free at once what a deletion left, if that is much; needs the lock."""
+        if self._outdated > MUCH:
+            self._free_disk()
 
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""

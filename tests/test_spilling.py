@@ -77,6 +77,24 @@ def test_so_does_taking_values_out(filled, take):
     assert on_disk(c) < LIMIT + 2 * SIZE
 
 
+def test_deleting_one_large_value_frees_the_disk_at_once(path, monkeypatch):
+    monkeypatch.setattr(chest.spilling, "MUCH", 2 * LIMIT)
+    with Chest({"a": bytes(3 * LIMIT), "b": bytes(3 * LIMIT), "c": b""}, path) as c:
+        c.move_to_disk("a")
+        c.move_to_disk("b")
+        value = c.pop("a")  # in nobody's hands but the user's
+        assert on_disk(c) >= 6 * LIMIT
+        c["x"] = value
+        c.flush()
+        c.move_to_disk("x")
+        del c["b"]
+        assert on_disk(c) < 4 * LIMIT
+        with c.transaction():
+            del c["x"]
+            assert on_disk(c) >= 3 * LIMIT
+        assert on_disk(c) < LIMIT
+
+
 def test_clearing_alone_frees_the_disk(filled):
     filled.clear()
     assert on_disk(filled) == 0
