@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -549,6 +550,17 @@ def test_what_an_interrupt_left_of_it_is_removed_all_the_same(path, step, free):
         free(c)
         found = [name for name in os.listdir(path) if name not in (".keys", "x")]
         assert not found
+
+
+def test_it_is_tried_again_wherever_an_interrupt_came(path):
+    with Chest({"big": bytes(N * SIZE)}, path) as c:
+        c.move_to_disk("big")
+        del c["big"]
+        c._memory._free_after = math.inf  # as it is while something is freed
+        c._memory._tear()
+        c["x"] = [1]
+        c["x"] = [2]
+        assert on_disk(c) < 1000
 
 
 def test_what_fails_as_that_is_removed_fails_once(path):
