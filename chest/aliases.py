@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pickle
 from collections import deque
-from collections.abc import Container, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
+from contextlib import suppress
 from itertools import repeat
 from typing import Any
 
@@ -27,7 +28,7 @@ class _Probe:
     def __init__(self, key: Hashable) -> None:
         self._key = key
         self._hash = hash(key)
-        self.found: Any = key
+        self.found: Any = self
 
     def __hash__(self) -> int:
         return self._hash
@@ -43,13 +44,19 @@ def may_differ(key: Hashable) -> bool:
     return type(key) not in ALIKE and (not is_plain(key) or type(key) in NUMBERS)
 
 
-def as_set(keys: Container[Hashable], key: Any) -> Any:
+def as_set(keys: Collection[Hashable], key: Any) -> Any:
     """Return a key as a dict has it, where that is a plain one; itself if it has none.
 
     Keys of other classes may know their own kind alone, or compare a part of them with it.
     """
     probe = _Probe(key)
-    return probe.found if probe in keys else key
+    with suppress(Exception):  # of another key of that hash, which is asked first
+        if probe not in keys:
+            return key
+    if probe.found is not probe:
+        return probe.found
+    alike = (other for other in keys if hash(other) == hash(key) and other == key)
+    return next(alike, key)
 
 
 class Aliases(Rows):
@@ -76,10 +83,18 @@ class Aliases(Rows):
         commit may name one in the place of the other: where a class cannot be loaded, they are two.
         """
         row = self.rows.get(key)
-        if row is None or row not in self._names:
-            return as_set(self.rows, key) if may_differ(key) else key
-        name = self._names[row]
-        return key if type(name) is bytes else name
+        if row is None or self._has_pickle(row):
+            return key
+        if row in self._names:
+            return self._names[row]
+        return as_set(self.rows, key) if may_differ(key) else key
+
+    def is_pickled(self, key: Any) -> bool:
+        """Tell whether a commit holds the pickle of a key, or of an equal one."""
+        return key in self.rows and self._has_pickle(self.rows[key])
+
+    def _has_pickle(self, row: int) -> bool:
+        return row >= 0 and type(self._names.get(row)) is bytes
 
     def spell(self, keys: list[Any]) -> list[Any]:
         """Return keys as they were first set, as `spelled` does."""

@@ -158,9 +158,8 @@ class Ledger(Aliases):
         return self._lengths[row] + own + self.needed // keys
 
     def room_of_all(self) -> int:
-        """Return about how many bytes all that is stored takes."""
-        own = 0 if self.packs else BLOCK * len(self.rows)
-        return sum(self._lengths) - self.retired + own + self.needed
+        """Return about how many bytes all that is stored takes, were each value in its own file."""
+        return sum(self._lengths) - self.retired + BLOCK * len(self.rows) + self.needed
 
     @property
     def pending(self) -> bool:
@@ -243,9 +242,14 @@ class Ledger(Aliases):
             cleared=self._cleared is not None,
             serializer=serializer,
             left=self.left() if first else (),
-            deleted=self._written([*self._deleted], self._deleted.values()),
+            deleted=self._told(),
         )
         return [start, *map(encode, batches)], names
+
+    def _told(self) -> list[Any]:
+        """Return what a commit has to tell as deleted: not what another handle has told."""
+        rows = {key: row for key, row in self._deleted.items() if row >= 0}
+        return self._written([*rows], rows.values())
 
     def _serials_of(self, keys: list[Any]) -> list[int]:
         rows = gather(self.rows, keys)
@@ -302,7 +306,7 @@ class Ledger(Aliases):
         names: dict[Any, Any],
     ) -> None:
         """Take in the chest's own commit, which `encode` has recorded."""
-        base, deleted = len(self._files), self._written([*self._deleted], self._deleted.values())
+        base, deleted = len(self._files), self._told()
         retired = [*self._deleted.values(), *(self._cleared or {}).values()]
         told = self._spelled(deleted)
         gone = self._nbytes(told, self._deleted.values())
@@ -311,7 +315,9 @@ class Ledger(Aliases):
             self.unreadable = {}
             gone += self.needed
         self._deleted, self._cleared = {}, None
-        self._note_pickled([name for name in names.values() if type(name) is bytes])
+        pickles = [name for name in names.values() if type(name) is bytes]
+        self._note_pickled(pickles)
+        self._note_read(pickles)
         for puts in blocks:
             rows = self._add_rows(*puts[1:], self._serials_of(puts.keys))
             if names:
@@ -546,11 +552,17 @@ class Ledger(Aliases):
         for data in keys.pickled:
             try:
                 known.append(_load_key(data, self.trusted))
+                self._note_read([data])
             except Exception as error:  # noqa: BLE001 -- whatever a class that changed can raise
                 unread.append(data)
                 if self.trusted and data not in self.unreadable:
                     logger.warning("a key cannot be read, and is kept in the file: %s", say(error))
         return known, unread
+
+    def _note_read(self, pickles: Iterable[bytes]) -> None:
+        """Note that these keys are in `rows`: their class may have come since."""
+        if self.unreadable:
+            self._retire([self.unreadable.pop(data, UNSAVED) for data in pickles])
 
     # -- order and names -------------------------------------------------------------------------
 

@@ -110,7 +110,8 @@ class Saving(Loading):
             spelled = self.ledger.spell(step)
             if not SURE.issuperset(map(type, spelled)):
                 pairs = zip(step, spelled, strict=True)
-                storable = [key for key, name in pairs if _is_storable(name, unsaved)]
+                is_pickled = self.ledger.is_pickled
+                storable = [k for k, name in pairs if is_pickled(k) or _is_storable(name, unsaved)]
                 step = [*filter(self.inmem.__contains__, storable)]
             dumped = self._streams(step, values)
             streams = self._stage_large(dumped, values, batch, unsaved, stop)

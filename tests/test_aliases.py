@@ -354,6 +354,86 @@ def test_a_first_name_that_cannot_be_pickled_is_told_of_under_any_other(path, ke
         assert look(*c) == look(key)
 
 
+@pytest.mark.parametrize("first", [1, True, Number.ONE])
+def test_a_key_that_is_there_is_written_under_one_that_cannot_be_pickled(path, first):
+    with Chest({first: "old"}, path=path) as c:
+        c.flush()
+        c[Unpicklable(1)] = "new"
+    with Chest(path=path) as c:
+        assert (*map(look, c),) == (look(first),)
+        assert c[first] == "new"
+
+
+def test_what_another_deleted_is_not_told_again(path):
+    with Chest({Number.ONE: 1}, path=path) as a:
+        a.flush()
+        with Chest(path=path) as b:
+            del b[Unpicklable(1)], a[Number.ONE]
+            a.flush()
+            b["x"] = 2
+            b.flush()
+        assert dict(a) == {"x": 2}
+
+
+@pytest.mark.parametrize("then", [None, Chest.flush, Chest.compact])
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("value", ["new", "new" * 5000])
+def test_a_key_whose_class_comes_late_is_deleted_for_good(path, then, other, value, without_class):
+    with Chest({Number.ONE: "old"}, path=path) as a:
+        a.flush()
+        late = without_class(lambda path: Chest(path=path))
+        assert without_class(lambda _: len(late)) == 0
+        c = a if other else late
+        if then:
+            c[1 if other else Number.ONE] = value
+            then(c)
+            assert c[1] == value
+            c._check()
+        if other or then:
+            del c[1]
+            c.flush()
+        late["x"] = 1
+        late.compact()
+        late.close()
+    with Chest(path=path) as c:
+        assert dict(c) == ({"x": 1} if other or then else {1: "old", "x": 1})
+        c._check()
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """Has the hash of 1, and compares itself with others as it is told to."""
+
+    answer: object
+
+    def __eq__(self, other):
+        if isinstance(other, (int, Stranger)):
+            return isinstance(other, Stranger)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def __hash__(self):
+        return 1
+
+
+@pytest.mark.parametrize("answer", [False, True, TypeError("no")])
+def test_a_key_of_the_same_hash_may_compare_badly(path, answer):
+    with Chest(path=path) as c:
+        c[Stranger(answer)], c[1] = 0, 1
+        c.flush()
+        c[True] = 2
+        c.flush()
+        c.compact()
+        assert look([*c][1]) == look(1)
+        del c[True]
+        assert len(c) == 1
+        c[True] = 3
+    with Chest(path=path) as c:
+        assert look([*c][1]) == look(True)
+        assert c[1] == 3
+
+
 def test_names_take_no_memory_that_grows(path):
     with Chest(path=path) as c:
         for n in range(100):
