@@ -151,7 +151,8 @@ class Directory:
         except FileNotFoundError:
             pass
         except OSError:  # open elsewhere on Windows, or no longer ours to remove: tried again
-            return False
+            if _may_be_there(full):
+                return False
         folder = os.path.dirname(full)
         while folder != self.path and _remove_folder(folder):
             folder = os.path.dirname(folder)
@@ -293,6 +294,13 @@ def _suffixes() -> Iterator[str]:
         yield f"~{n}"
     while True:
         yield f"~{secrets.token_hex(4)}"
+
+
+def _may_be_there(path: str) -> bool:
+    try:
+        return is_there(path)
+    except OSError:
+        return True
 
 
 def _remove_folder(path: str) -> bool:

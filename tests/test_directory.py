@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from chest import Chest, CorruptIndexError
+from chest import Chest, CorruptIndexError, UnsavedError
 from chest.columns import Entry, Puts, encode
 from chest.directory import Directory
 from chest.filenames import digest_name
@@ -447,6 +447,32 @@ def test_a_file_that_cannot_be_removed_yet_is_removed_by_a_later_commit(path, mo
         writer.flush()
         assert names(path) == {"y~1", "z"}
         c.close()
+
+
+def test_a_name_that_was_never_there_is_not_removed_once_it_is_in_use(path, monkeypatch):
+    real = os.rename
+
+    def rename(source, target, **options):
+        if os.path.basename(target) == "x":
+            raise OSError(5, "the disk fails", target)
+        real(source, target, **options)
+
+    with Chest({"y": 1}, path=path) as c:
+        c.flush()
+        c["x"] = "x" * 5000
+        with monkeypatch.context() as patch:
+            refuse(patch, "x")
+            with monkeypatch.context() as also:
+                also.setattr(os, "rename", rename)
+                with pytest.raises(UnsavedError):
+                    c.flush()
+            c.flush()
+        for n in range(3):
+            c["y"] = n
+            c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert c["x"] == "x" * 5000
 
 
 def test_staging_files_that_were_abandoned_are_removed_after_an_hour(path):

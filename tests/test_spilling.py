@@ -623,6 +623,18 @@ def test_files_of_few_bytes_count_as_blocks(path, act, monkeypatch):
         assert len(os.listdir(path)) < 5
 
 
+def test_so_they_do_beside_a_pack(path, monkeypatch):
+    monkeypatch.setattr(chest.ledger, "BLOCK", 4096)
+    with Chest({n: n for n in range(N)}, path) as c:
+        c.flush()
+        for n in range(N):
+            c["of its own", n] = n
+            c.flush()
+        assert len(os.listdir(path)) == 3
+        c.clear()
+        assert len(os.listdir(path)) < 3
+
+
 def test_what_is_deleted_as_the_log_tells_of_something_stays_counted(path):
     class Deletes(logging.Handler):
         def emit(self, record):
