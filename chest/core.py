@@ -6,8 +6,8 @@ when they are asked for. A chest with a path is there again when it is opened th
 
 What is promised: a commit is all or nothing; a value that cannot be written stays in memory; a
 value that is read is the one that was stored, or an error says that it is not. What is not: a list
-or dict that you hold on to while many other values are set is a copy by then, so get it from the
-chest again before you change it.
+or dict that you hold on to while many other values are set or read is a copy by then, so get it
+from the chest again before you change it.
 """
 
 from __future__ import annotations
@@ -424,11 +424,17 @@ class Chest(Status, MutableMapping[K, V]):
         return ChestKeys(self)
 
     def values(self) -> ChestValues[V]:
-        """Return a view of the values; iterating pushes nothing out of memory."""
+        """Return a view of the values; iterating pushes nothing out of memory.
+
+        Change a value before you take the next: where it does not fit in memory, it is a copy then.
+        """
         return ChestValues(self)
 
     def items(self) -> ChestItems[K, V]:
-        """Return a view of the pairs; iterating pushes nothing out of memory."""
+        """Return a view of the pairs; iterating pushes nothing out of memory.
+
+        Change a value before you take the next: where it does not fit in memory, it is a copy then.
+        """
         return ChestItems(self)
 
     def _stream(self, keys: Iterable[K]) -> Iterator[tuple[K, V]]:

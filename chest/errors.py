@@ -147,20 +147,25 @@ class CorruptIndexError(ChestError):
         What is wrong with it.
     recoverable : int
         How many commits stand undamaged before the fault.
+    repairable : bool
+        Whether `chest.repair` may help.
     """
 
-    def __init__(self, path: str, reason: str, recoverable: int = 0) -> None:
-        super().__init__(path, reason, recoverable)
+    def __init__(
+        self, path: str, reason: str, recoverable: int = 0, repairable: bool = True
+    ) -> None:
+        super().__init__(path, reason, recoverable, repairable)
         self.path = path
         self.reason = reason
         self.recoverable = recoverable
+        self.repairable = repairable
 
     def _text(self) -> str:
-        return (
+        text = (
             f"the index {self.path} is damaged: {self.reason}; {self.recoverable} undamaged "
-            "frames precede it; nothing was changed, restore the file from a backup, or save what "
-            "can be read with chest.repair"
+            "frames precede it; nothing was changed, restore the file from a backup"
         )
+        return text + ", or save what can be read with chest.repair" * self.repairable
 
 
 class CorruptValueError(ChestError):

@@ -130,7 +130,8 @@ class Index:
     def _open(self) -> None:
         while True:
             if not is_own(self.path):
-                raise CorruptIndexError(self.path, "it is a link, or no file at all")
+                reason = "it is a link, or no file at all"
+                raise CorruptIndexError(self.path, reason, repairable=False)
             try:
                 self._adopt(_open_file(self.path, "rb" if self._readonly else "r+b"))
                 break

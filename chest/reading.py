@@ -79,7 +79,7 @@ class Reading:
         # Another process may have made, or dropped, a chest meanwhile.
         if pack and not is_there(self.directory.index) and is_there(pack):
             reason = f"it is gone, and {os.path.basename(pack)} has values of a chest"
-            raise CorruptIndexError(self.directory.index, reason)
+            raise CorruptIndexError(self.directory.index, reason, repairable=False)
 
     def close(self) -> None:
         """Let go of the index."""

@@ -106,7 +106,7 @@ def _repair_index(directory: Directory, faults: list[str], report: Report) -> No
     """Put an index in the place of a damaged one that has what can be read of it."""
     data = _read(directory.index)
     if not salvage(data).is_index:
-        raise CorruptIndexError(directory.index, faults[0])
+        raise CorruptIndexError(directory.index, faults[0], repairable=False)
     report.index += faults
     report.aside += filter(None, [directory.set_aside(INDEX, shutil.copyfile)])
     _heal_head(directory.index, data)

@@ -111,7 +111,7 @@ class _Wreck:
     def __init__(self, path: str) -> None:
         self.path = path
         if not is_own(path):
-            raise CorruptIndexError(path, "it is a link, or no file at all")
+            raise CorruptIndexError(path, "it is a link, or no file at all", repairable=False)
         with open(path, "rb") as file:
             self.found = salvage(file.read())
         self._told = False

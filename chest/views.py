@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
-class ChestKeys(KeysView[K]):
-    """The keys, in the order in which they were first set."""
-
+class _View:
     _mapping: Any
+
+    @property
+    def mapping(self) -> MappingProxyType[Any, Any]:
+        """The chest, to be looked at only."""
+        return MappingProxyType(self._mapping)
+
+
+class ChestKeys(_View, KeysView[K]):
+    """The keys, in the order in which they were first set."""
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._mapping)
@@ -21,10 +29,11 @@ class ChestKeys(KeysView[K]):
         return iter(reversed(self._mapping))
 
 
-class ChestValues(ValuesView[V]):
-    """The values; iterating pushes nothing out of memory."""
+class ChestValues(_View, ValuesView[V]):
+    """The values; iterating pushes nothing out of memory.
 
-    _mapping: Any
+    Change a value before you take the next: where it does not fit in memory, it is a copy then.
+    """
 
     def __iter__(self) -> Iterator[V]:
         return (value for _, value in self._mapping._stream(self._mapping._in_order()))
@@ -36,10 +45,11 @@ class ChestValues(ValuesView[V]):
         return any(mine is value or mine == value for mine in self)
 
 
-class ChestItems(ItemsView[K, V]):
-    """The pairs; iterating pushes nothing out of memory."""
+class ChestItems(_View, ItemsView[K, V]):
+    """The pairs; iterating pushes nothing out of memory.
 
-    _mapping: Any
+    Change a value before you take the next: where it does not fit in memory, it is a copy then.
+    """
 
     def __iter__(self) -> Iterator[tuple[K, V]]:
         return iter(self._mapping._stream(self._mapping._in_order()))

@@ -264,6 +264,16 @@ def test_views_contain_what_the_chest_contains(c):
     assert ("z", 2) not in c.items()
 
 
+@pytest.mark.parametrize("view", [Chest.keys, Chest.values, Chest.items])
+def test_views_have_the_chest_to_look_at(c, view):
+    mapping = view(c).mapping
+    assert dict(mapping) == dict(c)
+    c["of late"] = 1
+    assert mapping["of late"] == 1
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        mapping["x"] = 1
+
+
 def test_views_can_be_reversed(c):
     c.update(x=1, y=2, z=3)
     assert list(reversed(c)) == ["z", "y", "x"]

@@ -28,7 +28,11 @@ ERRORS = {
     "key": (KeyTypeError, {"key": ("the", "key"), "reason": "the reason"}),
     "index": (
         CorruptIndexError,
-        {"path": "/the/path", "reason": "the reason", "recoverable": 3},
+        {"path": "/the/path", "reason": "the reason", "recoverable": 3, "repairable": True},
+    ),
+    "index, for good": (
+        CorruptIndexError,
+        {"path": "/the/path", "reason": "the reason", "recoverable": 0, "repairable": False},
     ),
     "value": (
         CorruptValueError,
