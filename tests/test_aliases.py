@@ -195,6 +195,7 @@ def be_flushed_again(c, key):
 
 
 @pytest.mark.parametrize("save", [leave, leave_with_others, be_flushed, be_flushed_again])
+@pytest.mark.many
 def test_a_key_is_the_one_that_was_set_first(path, pair, save, without_class):
     first, second = pair
     with Chest(path=path) as c:
@@ -221,6 +222,7 @@ def test_so_it_is_with_json(path, first):
 
 @pytest.mark.parametrize("then", [repair, shrink, verify])
 @pytest.mark.parametrize("value", ["new", "new" * 2000])
+@pytest.mark.many
 def test_a_value_that_is_replaced_is_not_back_where_the_class_is_not(
     path, pair, then, value, without_class
 ):
@@ -237,6 +239,7 @@ def test_a_value_that_is_replaced_is_not_back_where_the_class_is_not(
 
 
 @pytest.mark.parametrize("then", [repair, shrink, verify])
+@pytest.mark.many
 def test_nor_is_one_that_is_deleted(path, pair, then, without_class):
     first, second = pair
     with Chest({n: n for n in range(100, 300)}, path=path) as c:
@@ -250,6 +253,7 @@ def test_nor_is_one_that_is_deleted(path, pair, then, without_class):
 
 
 @pytest.mark.parametrize("then", [repair, shrink, verify])
+@pytest.mark.many
 def test_one_that_is_deleted_and_set_again_is_the_new_one(path, pair, then, without_class):
     first, second = pair
     with Chest({first: "old", "z": 0}, path=path) as c:
@@ -264,6 +268,7 @@ def test_one_that_is_deleted_and_set_again_is_the_new_one(path, pair, then, with
 
 @pytest.mark.parametrize("deleted", [0, 1], ids=["by its name", "by the other"])
 @pytest.mark.parametrize("cleared", [True, False])
+@pytest.mark.many
 def test_a_roll_back_names_nothing_otherwise(path, pair, deleted, cleared, without_class):
     first, second = pair
     with Chest({first: "old", "z": 0}, path=path) as c:
@@ -485,6 +490,7 @@ def test_nor_do_those_of_what_others_commit(path, mine, theirs):
 
 
 @pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.many
 def test_a_name_stays_that_is_committed_again_by_another(path, pair, reads):
     first, second = pair
     with Chest(path=path) as a, Chest(path=path) as b:

@@ -1693,7 +1693,7 @@ def test_loads_that_need_each_others_keys(path, hook, ways, count):
 
 
 THREADS = 8
-STEPS = 2000  # of each thread, where no time is given
+STEPS = 1000  # of each thread, where no time is given
 SHARED = ["k1", "k2", 3, ("t", 4), Key(5), Colour.RED]
 MISSING = "missing"
 BEFORE = -1.0

@@ -556,12 +556,12 @@ def effort(examples, steps):
 
 
 def test_a_chest_of_pickles_is_a_dict_whatever_is_done_with_it():
-    run_state_machine_as_test(PickleMachine, settings=effort(250, 50))
+    run_state_machine_as_test(PickleMachine, settings=effort(150, 50))
 
 
 def test_a_chest_of_json_is_a_dict_whatever_is_done_with_it():
-    run_state_machine_as_test(JsonMachine, settings=effort(150, 50))
+    run_state_machine_as_test(JsonMachine, settings=effort(100, 50))
 
 
 def test_of_two_handles_that_disagree_the_last_commit_wins():
-    run_state_machine_as_test(ConflictMachine, settings=effort(150, 40))
+    run_state_machine_as_test(ConflictMachine, settings=effort(100, 40))

@@ -2,10 +2,10 @@
 
 A child does a fixed piece of work and is killed just before, in the middle of, or just after its
 n-th call that changes the directory, the store into the mapped head of the index among them; for
-n = 1, 2, ... until it ends by itself. After each: the chest holds exactly what it held after some
-commit, not older than the last of which the child told; it can be written and opened again, and
-after the next commit no file is stray and none is missing. The same holds where the process that
-writes next is killed as well.
+n = 1, 2, ... until it ends by itself; without ``CHEST_FAULTS=all`` each Python takes every third.
+After each: the chest holds exactly what it held after some commit, not older than the last of which
+the child told; it can be written and opened again, and after the next commit no file is stray and
+none is missing. The same holds where the process that writes next is killed as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from itertools import count
 
 import pytest
@@ -117,7 +118,8 @@ def test_a_process_killed_at_any_call_leaves_the_chest_as_of_a_commit(tmp_path):
     known = [seen(state) for state in states()]
     others = make_others(str(tmp_path / "others"))
     root = tmp_path / "root"
-    for n in count(1):
+    first, step = (1, 1) if ALL else (1 + sys.version_info.minor % 3, 3)  # three Pythons do all
+    for n in count(first, step):
         root.mkdir()
         path = str(root / "chest")
         killed, told = died(root, n, do_all(path, others))
@@ -128,7 +130,7 @@ def test_a_process_killed_at_any_call_leaves_the_chest_as_of_a_commit(tmp_path):
         if not killed:
             break
     assert told == len(STEPS)
-    print(n - 1, "crash points")
+    print((n - first) // step, "crash points")
     assert n > 250
 
 

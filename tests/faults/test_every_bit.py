@@ -30,7 +30,7 @@ from chest import Chest, ChestError, CorruptIndexError, CorruptValueError
 
 JSON = {"dump": json.dump, "load": json.load}
 ROOM = 256 << 20  # bytes of address space that a damaged chest may ask for
-SAMPLE = 200  # bits of a file
+SAMPLE = 100  # bits of a file
 MOVED = 127  # the bit of .keys that says where to look for a newer one: that is no damage
 
 pytestmark = [pytest.mark.repeats, pytest.mark.timeout(3600 if FULL else 300)]

@@ -58,7 +58,7 @@ CAN = {  # which calls may give which error
     errno.EMFILE: {"create", "open", "listdir", "map"},
     errno.EACCES: MAKE | REMOVE | LOOK | {"open", "utime"},
 }
-STRIDE = {errno.ENOSPC: 5, errno.EIO: 29, errno.EMFILE: 5, errno.EACCES: 11}  # if not all
+STRIDE = {errno.ENOSPC: 11, errno.EIO: 43, errno.EMFILE: 7, errno.EACCES: 17}  # if not all
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from damage import FULL, SEED
 import chest.upkeep
 from chest import Chest
 
-FACTOR = 50 if FULL else 0.5
+FACTOR = 50 if FULL else 0.25
 LOOKS = 16
 WASTE = 5_000  # bytes
 COMPACT_BYTES = 20_000

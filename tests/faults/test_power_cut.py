@@ -30,7 +30,7 @@ from chest import ChestError
 pytestmark = [pytest.mark.repeats, pytest.mark.timeout(6000)]
 
 SECTOR = 512
-SAMPLE = 300 if ALL else 40  # states of each moment
+SAMPLE = 300 if ALL else 30  # states of each moment
 FOLDER = -1
 
 
