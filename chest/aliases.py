@@ -94,7 +94,7 @@ class Aliases(Rows):
         return key in self.rows and self._has_pickle(self.rows[key])
 
     def _has_pickle(self, row: int) -> bool:
-        return row >= 0 and type(self._names.get(row)) is bytes
+        return type(self._names.get(row)) is bytes
 
     def spell(self, keys: list[Any]) -> list[Any]:
         """Return keys as they were first set, as `spelled` does."""

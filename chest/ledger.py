@@ -465,6 +465,7 @@ class Ledger(Aliases):
                 self.rows[key] = row
                 self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
+        self.unsure = old.unsure
 
     def _put(self, block: Block) -> int:
         """Add the rows of a block; return how many bytes of the log that made history."""

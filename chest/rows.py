@@ -19,6 +19,8 @@ class Rows:
     ----------
     obsolete : list of Entry
         What the last commit made obsolete, and whose files may still be there.
+    unsure : list of Entry
+        Obsolete as well; but nobody could tell whether the files are still those of the chest.
     folded : set of str
         The lower-case forms of the names in use that have capital letters, folders among them.
     packs : dict of str to int
@@ -29,6 +31,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.obsolete: list[Entry] = []
+        self.unsure: list[Entry] = []
         self.folded: set[str] = set()
         self.packs: dict[str, int] = {}
         self.retired = 0
@@ -67,7 +70,8 @@ class Rows:
 
     def left(self) -> list[Entry]:
         """Return what is obsolete, with the packs of which nothing is needed."""
-        return [*self.obsolete, *(Entry(name, 0, 0, 0) for name in self.dead_packs())]
+        dead = (Entry(name, 0, 0, 0) for name in self.dead_packs())
+        return [*self.obsolete, *self.unsure, *dead]
 
     def forget_folders(self, names: Iterable[str]) -> None:
         """Note that folders have gone."""

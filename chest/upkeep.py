@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import count
 
@@ -42,7 +43,6 @@ class Upkeep(Reading, ABC):
         self, path: str, serializer: Serializer, options: Options, *, reopen: bool = False
     ) -> None:
         self._swept_staging = False
-        self._unsure: list[Entry] = []  # left files of which nobody could tell whose they are
         self._compact_after = 0.0  # the time from which it is tried again, if that failed
         self._tolerated = 0  # bytes retired before waste in packs is looked for
         self._turned = 0  # the turnover of the log when the lock was taken
@@ -66,12 +66,13 @@ class Upkeep(Reading, ABC):
             self._remove_uncommitted()
             self.index.cut()
         self._remove_dead_packs()
-        if self._unsure:  # a name may have been used again
-            live = self.ledger.files()
-            self._unsure = [entry for entry in self._unsure if entry.file not in live]
-        ours, self._unsure = self._sort_out([*self.ledger.obsolete, *self._unsure])
-        self.ledger.obsolete = ours
-        self._remove(ours)
+        ledger = self.ledger
+        if ledger.unsure:  # a name may have been used again
+            live = ledger.files()
+            ledger.unsure = [entry for entry in ledger.unsure if entry.file not in live]
+        left = dict.fromkeys([*ledger.obsolete, *ledger.unsure])  # others may be unsure as well
+        ledger.obsolete, ledger.unsure = self._sort_out(left)
+        self._remove(ledger.obsolete)
         if not self._swept_staging:
             self.directory.remove_abandoned()
             self._swept_staging = True
@@ -91,7 +92,7 @@ class Upkeep(Reading, ABC):
                 left.append(entry)
         ours, unsure = self._sort_out(left)
         stuck = self.directory.remove(entry.file for entry in ours)
-        self._unsure += unsure
+        self.ledger.unsure += unsure
         self.ledger.obsolete += [entry for entry in ours if entry.file in stuck]
 
     def _is_foreign(self, entry: Entry) -> bool | None:
@@ -108,7 +109,7 @@ class Upkeep(Reading, ABC):
         except Exception:  # noqa: BLE001 -- decompressors raise anything at what we did not write
             return True
 
-    def _sort_out(self, entries: list[Entry]) -> tuple[list[Entry], list[Entry]]:
+    def _sort_out(self, entries: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
         """Return those of obsolete files that are ours, and those of which nobody can tell now."""
         foreign = [(entry, self._is_foreign(entry)) for entry in entries]
         ours = [entry for entry, is_foreign in foreign if is_foreign is False]

@@ -427,12 +427,29 @@ def refuse(monkeypatch, *refused):
     monkeypatch.setattr(os, "unlink", unlink)
 
 
+def refuse_to_tell(monkeypatch, *refused):
+    """Let the system not say whether files are there."""
+    real = os.lstat
+
+    def lstat(full, **options):
+        if os.path.basename(full) in refused:
+            raise PermissionError(13, "not yours", full)
+        return real(full, **options)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+
+
 @pytest.mark.parametrize("who", ["itself", "another handle", "whoever opens it next"])
-def test_a_file_that_cannot_be_removed_yet_is_removed_by_a_later_commit(path, monkeypatch, who):
+@pytest.mark.parametrize("told", [True, False])
+def test_a_file_that_cannot_be_removed_yet_is_removed_by_a_later_commit(
+    path, monkeypatch, who, told
+):
     with Chest({"x": 1, "y": 2}, path=path) as c, Chest(path=path) as other:
         c.flush()
         with monkeypatch.context() as patch:
             refuse(patch, "x")
+            if not told:
+                refuse_to_tell(patch, "x")
             del c["x"]
             c.flush()
             c["y"] = 3

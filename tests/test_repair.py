@@ -343,6 +343,19 @@ def test_a_file_that_is_no_index_at_all_is_refused(path, data):
     assert tree(path) == {".keys": data}
 
 
+@pytest.mark.parametrize("use", [lambda path: Chest(path=path), repair])
+def test_nothing_that_is_no_file_is_repaired_or_advised_to_be(path, use):
+    Chest({"x": 1}, path=path).close()
+    index = os.path.join(path, ".keys")
+    os.rename(index, path + " moved")
+    os.symlink(path + " moved", index)
+    with pytest.raises(CorruptIndexError, match="it is a link") as caught:
+        use(path)
+    assert not caught.value.repairable
+    assert "repair" not in str(caught.value)
+    assert os.path.islink(index)
+
+
 def test_a_failing_disk_loses_nothing(path, monkeypatch):
     make(path)
     expected = content(path)
