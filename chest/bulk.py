@@ -61,14 +61,16 @@ def _read_ahead(memory: Memory, ledger: Ledger, keys: list[Any]) -> list[Any]:
     resident = sum(map(memory.inmem.__contains__, keys))
     if memory.reads_alone or memory.head[1] != memory.seen or 2 * resident > len(keys):
         return [MISSING] * len(keys)
-    ends = [len(rows)]
-    if rows[0] < 0 or rows != [*range(rows[0], rows[0] + len(rows))]:
-        steps = enumerate(map(sub, rows[1:], rows), 1)
-        ends = [n for n, step in steps if step != 1 or rows[n] == 0] + ends
+    if rows[0] >= 0 and rows == [*range(rows[0], rows[0] + len(rows))]:
+        return _read_run(memory, ledger, range(rows[0], rows[-1] + 1))
+    order = sorted(range(len(rows)), key=rows.__getitem__)  # rows come as their packs grow
+    rows = [rows[n] for n in order]
+    steps = enumerate(map(sub, rows[1:], rows), 1)
     values: list[Any] = []
-    for end in ends:
+    for end in [*(n for n, step in steps if step != 1 or rows[n] == 0), len(rows)]:
         values += _read_run(memory, ledger, range(rows[len(values)], rows[end - 1] + 1))
-    return values
+    found = dict(zip(order, values, strict=True))
+    return [found[n] for n in range(len(rows))]
 
 
 def _read_run(memory: Memory, ledger: Ledger, rows: range) -> list[Any]:

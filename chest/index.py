@@ -103,7 +103,8 @@ class Index:
     is_locked : bool
         This index holds the lock.
     publishing : int
-        The word that `publish` is about to store or has stored, until `acknowledge`; else -1.
+        The word that `publish` or `replace` is about to store or has stored, until the chest has
+        looked or the lock goes; else -1.
     abandoned : bool
         This is a child that was forked in the midst of something: the index is its parent's.
 
@@ -133,7 +134,8 @@ class Index:
                 reason = "it is a link, or no file at all"
                 raise CorruptIndexError(self.path, reason, repairable=False)
             try:
-                self._adopt(_open_file(self.path, "rb" if self._readonly else "r+b"))
+                file = _open_file(self.path, "rb" if self._readonly else "r+b")
+                self._adopt(file, *self._examine(file, self.path))
                 break
             except _ReplacedError:
                 continue
@@ -145,18 +147,23 @@ class Index:
         self._next_map: mmap.mmap | None = None
         self._next_head: memoryview[int] | None = None
 
-    def _adopt(self, file: FileIO) -> None:
+    def _examine(self, file: FileIO, path: str) -> tuple[bool, tuple[int, int]]:
+        """Do all that can fail before a file of this path is adopted; if it does, close it."""
         try:
             self._take_next(file)
             foreign = self._is_foreign(file)
-            self._next_map = mapped = None if foreign else self._map_head(file)
+            self._next_map = None if foreign else self._map_head(file, path)
             status = os.fstat(file.fileno())
-            identity = status.st_dev, status.st_ino
+            return foreign, (status.st_dev, status.st_ino)
         except BaseException:
             with suppress(OSError):
                 unlock_descriptor(file.fileno())  # a child may have it open, too
             file.close()
+            self._take_next(None)  # or the map stays open
             raise
+
+    def _adopt(self, file: FileIO, foreign: bool, identity: tuple[int, int]) -> None:
+        mapped = self._next_map
         self._next_head = head = memoryview(mapped or bytearray(HEAD)).cast("Q")
         # No call from here on: an interrupt finds the old file or the new one.
         # The old map is let go of, never closed: another thread may be looking at it.
@@ -189,14 +196,14 @@ class Index:
             raise FileNotFoundError(errno.ENOENT, DROPPED, self.path) from error
         old.close()
 
-    def _map_head(self, file: FileIO) -> mmap.mmap:
+    def _map_head(self, file: FileIO, path: str) -> mmap.mmap:
         """Map the head of the file by an opening of its own, which nobody locks.
 
         A map keeps what it was made of open, and with it a lock: also in a child that another
         thread forks before anybody knows of the map.
         """
         access = mmap.ACCESS_READ if self._readonly else mmap.ACCESS_WRITE
-        with _open_file(self.path, file.mode) as twin:
+        with _open_file(path, file.mode) as twin:
             if not os.path.samestat(os.fstat(twin.fileno()), os.fstat(file.fileno())):
                 raise _ReplacedError
             try:
@@ -422,6 +429,7 @@ class Index:
     def _unlock(self) -> None:
         if self._holds:
             return
+        self.publishing = -1  # where something failed just after, the news are yet to be taken in
         self.is_locked = False
         if not self._file.closed:
             unlock_descriptor(self._file.fileno())
@@ -444,14 +452,21 @@ class Index:
 
     def uncommitted(self) -> list[bytes]:
         """Return the payloads beyond the committed length; needs the lock."""
+        self._demand_read()
         with locating(self.path):
             return read_frames(self._file, self._read_to, self._size())[0]
 
     def cut(self, frames: int = 0) -> None:
         """Remove what lies beyond the committed length and `frames` more; needs the lock."""
+        self._demand_read()
         del self._ends[frames:]
         with locating(self.path):
             self._file.truncate(self._written_to)
+
+    def _demand_read(self) -> None:
+        """Refuse to take for uncommitted what was not read yet, for a `refresh` failed."""
+        if self._read_to < decode_length(_native(self.head[1])):
+            raise RuntimeError(f"the index {self.path} was not read up to its committed length")
 
     def leave(self) -> None:
         """Leave what was appended to the next writer, to sweep what it names; needs the lock."""
@@ -459,6 +474,7 @@ class Index:
 
     def append(self, payload: bytes) -> None:
         """Write a frame beyond the committed length; needs the lock and a `refresh` under it."""
+        self._demand_read()
         data = memoryview(frame(payload))
         self._file.seek(self._written_to)
         self._ends.append(self._written_to + len(data))
@@ -527,6 +543,7 @@ class Index:
             new = _open_file(scratch, "r+b")
             self._take_next(new)
             lock_descriptor(new.fileno(), poll_interval=POLL)
+            examined = self._examine(new, scratch)
             self.publishing = _native(_native(self.head[1]) | MOVED)
             self._set_moved(True)
             os.replace(scratch, self.path)
@@ -538,7 +555,7 @@ class Index:
             raise
         old = self._file
         try:
-            self._adopt(new)
+            self._adopt(new, *examined)
         except BaseException:
             self._give_up_next()  # which is locked, if an interrupt came before `_adopt` began
             raise

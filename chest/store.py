@@ -306,6 +306,7 @@ class Store(Upkeep):
 
     def begin_transaction(self) -> None:
         """Let commits add up to one, until `end_transaction`; needs the lock, all the while."""
+        self.catch_up()  # once more: the compaction after a commit may have failed to
         self._sweep()
         self._transaction = Written([], {})
 

@@ -19,6 +19,7 @@ from chest.files import is_there, own_size
 from chest.frames import log_size
 from chest.ledger import Ledger
 from chest.options import Options
+from chest.packs import PACK_BYTES
 from chest.reading import Reading
 from chest.serialize import Serializer, digest_bytes
 from chest.staging import Batch
@@ -27,7 +28,7 @@ logger = logging.getLogger("chest")
 
 RETRY = 10  # seconds until what failed is tried again, where nobody asked for it
 COMPACT_BYTES = 60 << 10  # a log of fewer bytes is not worth a new one
-WASTE = 64 << 20  # bytes by which the dead in packs may exceed the living
+WASTE = 16 << 20  # bytes by which the dead in packs may exceed the living
 COPIED = 4096  # values that are copied at a time
 
 
@@ -148,16 +149,21 @@ class Upkeep(Reading, ABC):
         self._tolerated = self.ledger.retired + (WASTE - excess) // 2
 
     def repack(self, names: set[str]) -> None:
-        """Commit, with what is alive in certain packs copied to others.
+        """Copy what is alive in certain packs to others.
+
+        The worst come first, and each commit takes half a full pack: for until those that it
+        empties are gone, the disk holds both.
 
         Raises
         ------
         OSError
             If the disk refuses.
         """
-        batch = Batch(self.directory)
+        alive = {name: self.ledger.packs[name] for name in names}
         rows = self.ledger.packed_in(names)
-        entries = sorted((self.ledger.entry(row), n) for n, (_, row) in enumerate(rows))
+        entries = [(self.ledger.entry(row), n) for n, (_, row) in enumerate(rows)]
+        entries.sort(key=lambda pair: (alive[pair[0].file], pair[0]))
+        batch = Batch(self.directory)
         try:
             for start in range(0, len(entries), COPIED):
                 some = entries[start : start + COPIED]
@@ -167,9 +173,14 @@ class Upkeep(Reading, ABC):
                 keys = [rows[some[n][1]][0] for n in whole]
                 digests = [some[n][0].digest for n in whole]
                 batch.write(keys, [streams[n] for n in whole], digests)
+                if batch.nbytes >= PACK_BYTES // 2:
+                    self.commit(batch)
+                    self._remove_dead_packs()
+                    batch = Batch(self.directory)
             self.commit(batch)
         finally:
             batch.discard()
+        self._remove_dead_packs()
 
     def compact(self) -> int:
         """Write log and packs anew where they hold anything out of date, and remove what is.
@@ -310,8 +321,7 @@ class Upkeep(Reading, ABC):
             return
         try:
             self._replace_index(payloads)
-        except OSError as error:
+            self.catch_up()
+        except OSError as error:  # what was committed counts; who looks next catches up
             logger.warning("the index %s could not be compacted: %s", self.index.path, error)
             self._compact_after = time.monotonic() + RETRY
-        else:
-            self.catch_up()

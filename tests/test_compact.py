@@ -2,6 +2,7 @@
 
 import bz2
 import datetime as dt
+import errno
 import gzip
 import os
 import sys
@@ -9,7 +10,9 @@ import sys
 import pytest
 from test_verify import JSON, make, tree, vanishing  # noqa: F401
 
+import chest.index
 import chest.store
+import chest.upkeep
 from chest import Chest, ReadOnlyError, UnsavedError, repair
 from chest.columns import Puts, encode
 from chest.frames import frame
@@ -201,3 +204,67 @@ def test_dates_as_keys_are_no_hindrance(path):
         assert c.compact() > 0
         assert [*c] == days[1::2]
         c._check()
+
+
+def flush_until_compacted(c):
+    made = os.stat(os.path.join(c.path, ".keys")).st_ino
+    while os.stat(os.path.join(c.path, ".keys")).st_ino == made:
+        c["k"] = c["k"] + 1
+        c.flush()
+
+
+def update_from_another(c):
+    with Chest({"k": 0}) as other:
+        other.flush()
+        c.update(other)
+
+
+def in_a_transaction(c):
+    with c.transaction():
+        c["k"] = 0
+
+
+@pytest.mark.parametrize("act", [Chest.compact, Chest.flush, update_from_another, in_a_transaction])
+@pytest.mark.parametrize("call", ["lstat", "fstat", "listdir", "read_frames"])
+def test_a_call_that_fails_once_the_index_was_replaced_makes_nothing_stale(
+    tmp_path, monkeypatch, act, call
+):
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 1000)
+    owner = chest.index if call == "read_frames" else os
+    real, replace = getattr(owner, call), chest.index.Index.replace
+    for n in range(1, 12):
+        path = str(tmp_path / str(n))
+        left = 0
+
+        def then(self, *args):
+            nonlocal left
+            replace(self, *args)
+            left = n  # noqa: B023 -- called in this very round
+
+        def fail(*args, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise OSError(errno.EIO, "the disk fails")
+            return real(*args, **options)
+
+        with Chest(path=path) as c, Chest(path=path) as other:
+            for k in range(20):
+                c["k"] = k
+                c.flush()
+            c["due"] = "x"
+            with monkeypatch.context() as patch:
+                patch.setattr(chest.upkeep, "COMPACT_BYTES", 0)
+                patch.setattr(chest.index.Index, "replace", then)
+                patch.setattr(owner, call, fail)
+                try:
+                    act(c)
+                except (OSError, UnsavedError) as error:
+                    assert "the disk fails" in str(error)
+            other["k"], other["n"] = "other", "other"
+            other.flush()
+            assert (c["k"], c.get("n")) == ("other", "other")
+            c["new"] = 1
+            c.flush()
+            assert dict(other) == dict(c)
+            c._check()

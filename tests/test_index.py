@@ -631,7 +631,7 @@ def test_a_replacement_that_fails_lets_go_of_the_new_file_though_nobody_can_look
         patch.setattr(os, "lstat", lstat)
         with pytest.raises(OSError, match="Input/output"):
             replace(index, b"all")
-    assert [file.closed for file in made] == [True]
+    assert [file.closed for file in made] == [True, True]  # of which one was for the map
     commit(index, b"two")
     assert opened().refresh() == (True, [b"one", b"two"])
 
@@ -687,3 +687,14 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_opened_anew(keys, opene
     assert index.refresh() == (True, [b"one"])
     commit(index, b"two")
     assert opened().refresh() == (True, [b"one", b"two"])
+
+
+@pytest.mark.parametrize("act", [Index.cut, Index.uncommitted, lambda index: index.append(b"new")])
+def test_what_was_not_read_is_not_taken_for_uncommitted(keys, opened, act):
+    commit(opened(), b"one", b"two")
+    before = read(keys)
+    index = opened()
+    with index.locked(), pytest.raises(RuntimeError, match="was not read"):
+        act(index)
+    assert read(keys) == before
+    assert index.refresh() == (True, [b"one", b"two"])

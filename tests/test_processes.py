@@ -1371,8 +1371,8 @@ def test_nobody_waits_at_a_file_that_a_compaction_replaced(path, monkeypatch):
                 assert waits.wait(20)
             replace(old, new)
 
-        def adopting(self, file):
-            adopt(self, file)
+        def adopting(self, *args):
+            adopt(self, *args)
             if waits.is_set() and not forks and threading.current_thread() is not thread:
                 pid = os.fork()
                 if pid == 0:
@@ -1675,8 +1675,8 @@ def test_a_child_forked_in_a_compaction_has_no_lock_of_the_new_index(path, monke
         replace(old, new)
         chest.index.Index._adopt = adopting
 
-    def adopting(self, file):
-        adopt(self, file)
+    def adopting(self, *args):
+        adopt(self, *args)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def act():

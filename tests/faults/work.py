@@ -31,6 +31,7 @@ _small = [
     (chest.saving, "STREAM_BYTES", 10_000),
     (chest.store, "PACK_BYTES", 16_000),
     (chest.staging, "PACK_BYTES", 16_000),
+    (chest.upkeep, "PACK_BYTES", 16_000),
 ]
 
 
