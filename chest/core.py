@@ -246,13 +246,16 @@ class Chest(Status, MutableMapping[K, V]):
         try:
             self[key]  # so that a read does not hold the lock
             with self.lock:
-                self._memory.begin_to_delete("pop a key")
-                value = self[key]
-                self._memory.delete(key)
+                return self._take(key)
         except KeyError:
             if default is _MISSING:
                 raise
             return default
+
+    def _take(self, key: Any, *, last: bool = False) -> Any:
+        self._memory.begin_to_delete("pop a key")
+        value = self[key]
+        self._memory.delete(key, last=last)
         return value
 
     def popitem(self) -> tuple[K, V]:
@@ -269,7 +272,7 @@ class Chest(Status, MutableMapping[K, V]):
     def _pop_last(self) -> tuple[K, V]:
         while (key := self._last()) is not _MISSING:
             try:
-                return key, self.pop(key)
+                return key, self._take(key, last=True)
             except KeyError:
                 if key in self:  # a hook raised it, not another process that deleted the key
                     raise

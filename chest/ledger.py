@@ -104,14 +104,32 @@ class Ledger(Aliases):
             self._names[~serial] = key
         self.rows[key] = ~serial
 
-    def delete(self, key: Hashable) -> None:
-        """Delete `key`; the next commit will say so."""
+    def delete(self, key: Hashable, *, last: bool = False) -> None:
+        """Delete `key`; the next commit will say so.
+
+        With `last` it was the last of them a moment ago. To find that takes a dict as many steps
+        as were deleted behind it with ``del``; what its `popitem` takes is forgotten.
+        """
         row = self.rows[key]  # asks for the hash even where there is no key: see dict.__delitem__
         if row >= 0:
             self._deleted[self.spelled(key)] = row
-        del self.rows[key]
+        if last and next(reversed(self.rows)) is key:
+            self.rows.popitem()
+        else:
+            del self.rows[key]
         if row < 0:
             self._names.pop(row, None)
+
+    def delete_unread(self, key: Hashable) -> None:
+        """Delete what the index has for a key that is new here: its class may have come since."""
+        key = self.spelled(key)
+        try:
+            name = self._written([key], [UNSAVED])[0]
+        except Exception:  # noqa: BLE001 -- a key that cannot be pickled is in no index
+            return
+        if type(name) is Pickled and name.data in self.unreadable:
+            self._names[self.unreadable[name.data]] = name.data
+            self._deleted[key] = self.unreadable.pop(name.data)
 
     def clear(self) -> None:
         """Delete every key; the next commit will say so in one word."""

@@ -315,13 +315,15 @@ class Residents(ABC):
         mine, theirs = self.serializer, other.serializer
         return (mine.name, mine.load, mine.open) == (theirs.name, theirs.load, theirs.open)
 
-    def delete(self, key: Hashable) -> None:
+    def delete(self, key: Hashable, *, last: bool = False) -> None:
         """Delete a key without reading its value; needs the lock."""
         self.ledger.demand_quiet()
         with self:
             self._hide(key)  # first, so that no hit finds what `in` does not
             row = self.ledger.rows.get(key, UNSAVED)
-            self.ledger.delete(key)
+            if row < 0 and self.ledger.unreadable and key in self.ledger.rows:
+                self.ledger.delete_unread(key)
+            self.ledger.delete(key, last=last)
             self._outdated += self.ledger.room(row) if row >= 0 else 0
             self._forget(key)
 

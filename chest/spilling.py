@@ -213,9 +213,14 @@ class Spilling(Saving):
         held = [*filter(self._loose.__contains__, keys)] if self._loose else []
         for key in held:  # before they are dumped: from now on each hand that lets go of it tells
             self._hands.leave(key, self.inmem[key], soon=True)
+        refused, stays, unsaved = None, set[Any](), dict[Any, Exception]()
         try:
             changed = {key for key in held if self._must_write(key)}
-            unsaved = self._save([k for k in keys if k in self.dirty or k in changed], stop=True)
+            try:
+                writes = [key for key in keys if key in self.dirty or key in changed]
+                unsaved = self._save(writes, stop=True)
+            except OSError as error:  # what has nothing to be written leaves all the same
+                refused, stays = error, changed
         except BaseException:
             self.eviction.stay(key for key in keys if key in self.eviction)
             self._stay_in_hand(held)
@@ -225,15 +230,17 @@ class Spilling(Saving):
         # What a hook set in the place of a value that cannot change stays, if it can.
         self._let_go([*filterfalse(self._loose.__contains__, clean)] if self._loose else clean)
         for key in held:
-            if key in self.inmem and key not in self.dirty:
+            if key in self.inmem and key not in self.dirty and key not in stays:
                 self._let_go_of(key)
         left = filter(self.inmem.__contains__, keys)
         self.eviction.stay([*filterfalse(unsaved.__contains__, left)])
         self._stay_in_hand(held)
         if self.options.on_overflow is not None:
             for key in keys:
-                if key not in unsaved:
+                if key not in unsaved and not (refused and key in self.inmem):
                     self.options.on_overflow(key)
+        if refused is not None:
+            raise refused
         return unsaved
 
     def _set_aside(self, unsaved: dict[Any, Exception]) -> dict[Any, Exception]:

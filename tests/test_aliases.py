@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import IntEnum, StrEnum
@@ -380,7 +381,7 @@ def test_what_another_deleted_is_not_told_again(path):
         assert dict(a) == {"x": 2}
 
 
-@pytest.mark.parametrize("then", [None, Chest.flush, Chest.compact])
+@pytest.mark.parametrize("then", [None, len, Chest.flush, Chest.compact])
 @pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize("value", ["new", "new" * 5000])
 def test_a_key_whose_class_comes_late_is_deleted_for_good(path, then, other, value, without_class):
@@ -403,6 +404,27 @@ def test_a_key_whose_class_comes_late_is_deleted_for_good(path, then, other, val
     with Chest(path=path) as c:
         assert dict(c) == ({"x": 1} if other or then else {1: "old", "x": 1})
         c._check()
+
+
+@pytest.mark.parametrize("key", [Number.ONE, lambda: None], ids=["as it is there", "another"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_it_is_deleted_by_that_name_alone_and_not_where_that_is_taken_back(
+    path, key, fails, without_class
+):
+    Chest({Number.ONE: "old"}, path=path).close()
+    c = without_class(lambda path: Chest(path=path))
+    assert without_class(lambda _: len(c)) == 0
+    with suppress(EOFError), c.transaction():
+        c[key] = "new"
+        del c[key]
+        if fails:
+            raise EOFError
+    c["x"] = 1
+    c._check()
+    c.close()
+    with Chest(path=path) as again:
+        assert dict(again) == ({"x": 1} if key == 1 and not fails else {1: "old", "x": 1})
+        again._check()
 
 
 @dataclass(frozen=True)

@@ -364,6 +364,18 @@ def test_popitem_takes_the_pair_set_last(c):
     assert [c.popitem(), c.popitem(), c.popitem()] == [("z", 3), ("y", 2), ("x", 4)]
 
 
+def test_popitem_leaves_nothing_that_the_next_one_would_walk_over(c):
+    """As ``del`` does, for a dict keeps the places of keys that were deleted."""
+
+    class Kept(dict):
+        def __delitem__(self, key):
+            raise AssertionError(key)
+
+    c.update((n, None) for n in range(100))
+    c._memory.ledger.rows = Kept(c._memory.ledger.rows)
+    assert [c.popitem()[0] for _ in range(100)] == [*range(99, -1, -1)]
+
+
 def test_popitem_of_an_empty_chest_is_a_key_error(c):
     with pytest.raises(KeyError):
         c.popitem()

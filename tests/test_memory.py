@@ -1811,6 +1811,34 @@ def test_unchanged_values_leave_though_the_disk_is_full(small_disk, name):
             assert dict(c) == expected
 
 
+@pytest.mark.parametrize("make", [bytes, lambda n: [b"x" * n]])
+def test_what_is_read_leaves_though_what_is_new_cannot(small_disk, make):
+    path = os.path.join(small_disk.path, "chest")
+    left = []
+    with Chest(path=path, available_memory=50_000, on_overflow=left.append) as c:
+        for n in range(40):
+            c[n] = make(9000 + n)
+        c.flush()
+        with small_disk.full():
+            with suppress(OSError):
+                for n in range(100):
+                    c["new", n] = make(9000)
+            new = [key for key in c if key not in range(40)]
+            assert new
+            for n in [*range(40)] * 2:
+                del left[:]
+                assert c[n] == make(9000 + n)
+                assert c.memory_usage < 2 * 50_000 + 2 * 9100
+                assert not {*left} & {*c.inmem}
+            assert {*new} <= {*c.inmem}
+        c.shrink()
+        assert c.memory_usage <= 50_000
+        c._check()
+    with Chest(path=path) as c:
+        assert [c[n] for n in range(40)] == [make(9000 + n) for n in range(40)]
+        assert all(c[key] == make(9000) for key in new)
+
+
 def test_a_temporary_chest_leaves_no_folder_on_a_full_disk(small_disk, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", small_disk.path)
     with Chest(available_memory=0) as c:
