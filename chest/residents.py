@@ -107,6 +107,7 @@ class Residents(ABC):
         self.readonly = self.options.readonly
         self._torn = False  # by an interrupt in the midst of an operation
         self._outdated = 0  # bytes by which a commit would make what is on disk less
+        self._mean = 0.0  # bytes of what is dirty, when it was last counted
         self._free_after = 0.0  # the time before which nothing is committed for that
         self.in_transaction = False
         self._inside: set[Any] = set()  # keys whose values a transaction may have changed

@@ -70,13 +70,16 @@ class Spilling(Saving):
     def _free_disk(self) -> None:
         """Commit everything where that makes what is on disk much less.
 
-        That is more than all that is in memory, which may have to be written for it. Nobody asked
-        for it, and so nobody is told of an error but the log.
+        That is more than what has to be written for it. Nobody asked for it, and so nobody is told
+        of an error but the log.
         """
         busy = self.in_transaction or self.ledger.is_recording
-        if busy or self._outdated <= OUTDATED + self.eviction.total:
+        if busy or self._outdated <= OUTDATED + self._to_write():
             return
         if time.monotonic() < self._free_after:
+            return
+        self._mean = sum(map(self.eviction.size, self.dirty)) / max(len(self.dirty), 1)
+        if self._outdated <= OUTDATED + self._to_write():
             return
         try:
             self._free_after = math.inf  # hooks come here, too
@@ -93,6 +96,10 @@ class Spilling(Saving):
         finally:
             if self._free_after:  # it did not succeed, and to try takes time
                 self._free_after = time.monotonic() + RETRY
+
+    def _to_write(self) -> float:
+        """Return about how many bytes in memory the disk does not hold, in one step."""
+        return min(self._mean * len(self.dirty), self.eviction.total)
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""

@@ -151,8 +151,8 @@ class Upkeep(Reading, ABC):
     def repack(self, names: set[str]) -> None:
         """Copy what is alive in certain packs to others.
 
-        The worst come first, and each commit takes half a full pack: for until those that it
-        empties are gone, the disk holds both.
+        The worst come first, and each commit takes as many as fill half a pack, or one: for until
+        they are gone, the disk holds both.
 
         Raises
         ------
@@ -160,10 +160,18 @@ class Upkeep(Reading, ABC):
             If the disk refuses.
         """
         alive = {name: self.ledger.packs[name] for name in names}
-        rows = self.ledger.packed_in(names)
-        entries = [(self.ledger.entry(row), n) for n, (_, row) in enumerate(rows)]
-        entries.sort(key=lambda pair: (alive[pair[0].file], pair[0]))
+        some: set[str] = set()
+        for name in sorted(names, key=alive.__getitem__):
+            if some and sum(map(alive.__getitem__, some)) + alive[name] > PACK_BYTES // 2:
+                self._repack_at_once(some)
+                some = set()
+            some.add(name)
+        self._repack_at_once(some)
+
+    def _repack_at_once(self, names: set[str]) -> None:
         batch = Batch(self.directory)
+        rows = self.ledger.packed_in(names)
+        entries = sorted((self.ledger.entry(row), n) for n, (_, row) in enumerate(rows))
         try:
             for start in range(0, len(entries), COPIED):
                 some = entries[start : start + COPIED]
@@ -173,10 +181,6 @@ class Upkeep(Reading, ABC):
                 keys = [rows[some[n][1]][0] for n in whole]
                 digests = [some[n][0].digest for n in whole]
                 batch.write(keys, [streams[n] for n in whole], digests)
-                if batch.nbytes >= PACK_BYTES // 2:
-                    self.commit(batch)
-                    self._remove_dead_packs()
-                    batch = Batch(self.directory)
             self.commit(batch)
         finally:
             batch.discard()

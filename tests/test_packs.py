@@ -609,7 +609,7 @@ def test_to_copy_what_is_alive_takes_room_for_one_pack_at_a_time(path, tight, mo
         monkeypatch.setattr(Index, "publish", publish)
         before = packed_bytes(path)
         how(c)
-        assert max(sizes) <= before + 12_000  # of copies, and of the last pack they come from
+        assert max(sizes) <= before + 7_000  # half a full pack, or one
         assert packed_bytes(path) < before / 1.5
         c._check()
     read_back(path)
@@ -735,7 +735,7 @@ def test_packs_that_are_mostly_alive_are_left_alone(path, tight):
         check(c)
 
 
-def test_copied_values_fill_packs_of_half_the_usual_size(path, tight):
+def test_copied_values_fill_packs_of_up_to_half_the_usual_size(path, tight):
     with Chest(small(3000), path=path) as c:
         c.flush()
         before = {*packs(path)}
@@ -746,7 +746,7 @@ def test_copied_values_fill_packs_of_half_the_usual_size(path, tight):
         assert not before & {*packs(path)}
         sizes = [len(content(path, name)) for name in packs(path)]
         assert sum(sizes) == nbytes(c.values())
-        assert all(1500 <= size < 1500 + 50 * 22 for size in sorted(sizes)[1:])  # but the last
+        assert all(750 <= size <= 1500 for size in sorted(sizes)[1:])  # but the last
         check_ends(c)
         assert dict(c) == {f"k{n}": f"value {n}" for n in range(0, 3000, 3)}
 

@@ -96,6 +96,25 @@ def test_deleting_one_large_value_frees_the_disk_at_once(path, monkeypatch):
         assert on_disk(c) < LIMIT
 
 
+def test_what_memory_has_and_the_disk_as_well_lets_nothing_wait(path):
+    others = [*range(N, N + 12)]
+    with Chest(path=path) as c:
+        for n in [*range(N), *others]:  # a file for each
+            c[n] = bytes(SIZE)
+            c.flush()
+        assert c.memory_usage > (N + 12) * SIZE
+        for n in others:
+            del c[n]
+        assert on_disk(c) <= N * SIZE + LIMIT + 2 * SIZE
+        c["new"] = bytes(5 * SIZE)  # which has to be written then
+        for n in range(12):
+            del c[n]
+        assert on_disk(c) > N * SIZE
+        for n in range(12, 18):
+            del c[n]
+        assert on_disk(c) < N * SIZE
+
+
 def test_clearing_alone_frees_the_disk(filled):
     filled.clear()
     assert on_disk(filled) == 0
