@@ -448,11 +448,11 @@ class Index:
 
     def overhangs(self) -> bool:
         """Tell whether something lies beyond the committed length, which a crash left."""
+        self._demand_read()
         return self._size() > self._read_to
 
     def uncommitted(self) -> list[bytes]:
         """Return the payloads beyond the committed length; needs the lock."""
-        self._demand_read()
         with locating(self.path):
             return read_frames(self._file, self._read_to, self._size())[0]
 

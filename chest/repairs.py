@@ -150,7 +150,7 @@ def _drop(store: Store, report: Report) -> None:
     for problem in problems:
         if not isinstance(problem.key, PickledKey):
             store.ledger.delete(problem.key)
-    store.repack(packs - store.ledger.unreadable_files())
+    store.repack_at_once(packs - store.ledger.unreadable_files())
     _delete_unreadable(store, problems)
     for name in sorted(names):
         if not store.ledger.packs.get(name):  # else values that cannot be moved are alive in it

@@ -149,7 +149,7 @@ class Upkeep(Reading, ABC):
         self._tolerated = self.ledger.retired + (WASTE - excess) // 2
 
     def repack(self, names: set[str]) -> None:
-        """Copy what is alive in certain packs to others.
+        """Copy what is alive in certain packs to others, and remove them.
 
         The worst come first, and each commit takes as many as fill half a pack, or one: for until
         they are gone, the disk holds both.
@@ -163,12 +163,15 @@ class Upkeep(Reading, ABC):
         some: set[str] = set()
         for name in sorted(names, key=alive.__getitem__):
             if some and sum(map(alive.__getitem__, some)) + alive[name] > PACK_BYTES // 2:
-                self._repack_at_once(some)
+                self.repack_at_once(some)
+                self._remove_dead_packs()
                 some = set()
             some.add(name)
-        self._repack_at_once(some)
+        self.repack_at_once(some)
+        self._remove_dead_packs()
 
-    def _repack_at_once(self, names: set[str]) -> None:
+    def repack_at_once(self, names: set[str]) -> None:
+        """Do that in one commit, and remove nothing."""
         batch = Batch(self.directory)
         rows = self.ledger.packed_in(names)
         entries = sorted((self.ledger.entry(row), n) for n, (_, row) in enumerate(rows))
@@ -184,7 +187,6 @@ class Upkeep(Reading, ABC):
             self.commit(batch)
         finally:
             batch.discard()
-        self._remove_dead_packs()
 
     def compact(self) -> int:
         """Write log and packs anew where they hold anything out of date, and remove what is.

@@ -689,7 +689,7 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_opened_anew(keys, opene
     assert opened().refresh() == (True, [b"one", b"two"])
 
 
-@pytest.mark.parametrize("act", [Index.cut, Index.uncommitted, lambda index: index.append(b"new")])
+@pytest.mark.parametrize("act", [Index.cut, Index.overhangs, lambda index: index.append(b"new")])
 def test_what_was_not_read_is_not_taken_for_uncommitted(keys, opened, act):
     commit(opened(), b"one", b"two")
     before = read(keys)
