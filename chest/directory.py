@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from chest.errors import CorruptIndexError, locating, say, show
 from chest.filenames import digest_name, is_safe_filename, pack_number, stays_inside
-from chest.files import is_there, starts_with
+from chest.files import is_link, is_there, starts_with
 
 INDEX = ".keys"
 PICKLE = b"\x80\x05"  # how a pickle of protocol 5 begins
@@ -129,7 +129,7 @@ class Directory:
     def has_folder(self, name: str) -> bool:
         """Tell whether `name` is a folder, and not a link to one."""
         full = self._join(name)
-        return os.path.isdir(full) and not os.path.islink(full)
+        return os.path.isdir(full) and not is_link(full)
 
     def place(self, staged: str, name: str) -> None:
         """Give a staging file its final name."""
@@ -144,9 +144,9 @@ class Directory:
 
     def _remove(self, name: str) -> bool:
         full = self.full_path(name)
-        if self.leads_out(name):
-            return True  # it is somebody else's by now
         try:
+            if self.leads_out(name):
+                return True  # it is somebody else's by now
             os.unlink(full)
         except FileNotFoundError:
             pass
@@ -167,7 +167,7 @@ class Directory:
         """Tell whether a folder on the way to a file is a link."""
         folders = name.split("/")[:-1]
         ways = ("/".join(folders[: n + 1]) for n in range(len(folders)))
-        return any(os.path.islink(self._join(way)) for way in ways)
+        return any(is_link(self._join(way)) for way in ways)
 
     def missing_folders(self, names: Iterable[str]) -> set[str]:
         """Return those folders on the way to `names` that are not there."""
@@ -322,7 +322,8 @@ def make_folders(path: str) -> None:
         If one cannot be made, or something else has its name.
     """
     if not os.path.isdir(path):
-        make_folders(os.path.dirname(path))
+        if (folder := os.path.dirname(path)) != path:
+            make_folders(folder)
         try:
             os.mkdir(path, 0o700)
         except FileExistsError:

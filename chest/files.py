@@ -11,7 +11,7 @@ import errno
 import os
 from contextlib import suppress
 from io import FileIO
-from stat import S_ISREG
+from stat import S_ISLNK, S_ISREG
 
 NO_FILE = "what has its name is no file"
 
@@ -50,6 +50,23 @@ def is_there(path: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def is_file(path: str) -> bool:
+    """Tell whether `demand_file` finds one; raises OSError if the system does not tell."""
+    try:
+        demand_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def is_link(path: str) -> bool:
+    """Tell whether what is there is a link; raises OSError if the system does not tell."""
+    try:
+        return S_ISLNK(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def is_own(path: str) -> bool:

@@ -431,10 +431,12 @@ class Index:
             return
         self.publishing = -1  # where something failed just after, the news are yet to be taken in
         self.is_locked = False
-        if not self._file.closed:
-            unlock_descriptor(self._file.fileno())
-        _holders.discard(self._entry)
-        self._entry = NOBODY
+        try:
+            if not self._file.closed:
+                unlock_descriptor(self._file.fileno())
+        finally:
+            _holders.discard(self._entry)
+            self._entry = NOBODY
 
     @property
     def length(self) -> int:

@@ -14,7 +14,7 @@ from chest.columns import Entry
 from chest.directory import Directory
 from chest.errors import CorruptIndexError
 from chest.filenames import stays_inside
-from chest.files import starts_with
+from chest.files import is_file, starts_with
 from chest.frames import MAGIC
 from chest.serialize import Serializer, UnloadableError
 
@@ -72,6 +72,6 @@ def _name(name: Any) -> str:
 
 def _measured(directory: Directory, serializer: Serializer, name: str) -> Entry:
     path = directory.full_path(name)
-    if not os.path.isfile(path):
+    if not is_file(path):
         return Entry(name, 0, 0, 0)  # asking for its value tells
     return Entry(name, 0, *serializer.measure(path))

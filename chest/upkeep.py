@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -15,7 +14,7 @@ from chest.columns import Entry, FrameError, is_plain, own_entries
 from chest.directory import INDEX
 from chest.errors import KeyTypeError, locating, told
 from chest.filenames import digest_name, is_safe_filename, pack_number
-from chest.files import is_there, own_size
+from chest.files import is_file, is_there, own_size
 from chest.frames import log_size
 from chest.ledger import Ledger
 from chest.options import Options
@@ -281,7 +280,7 @@ class Upkeep(Reading, ABC):
             if copy.file in named or taken:
                 continue
             named.add(copy.file)
-            if not there and os.path.isfile(source):  # else both keys have lost their value
+            if not there and is_file(source):  # else both keys have lost their value
                 shutil.copyfile(source, path)
             return copy
         raise AssertionError("there is always another number")

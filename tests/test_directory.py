@@ -466,6 +466,33 @@ def test_a_file_that_cannot_be_removed_yet_is_removed_by_a_later_commit(
         c.close()
 
 
+def test_nothing_is_removed_by_a_way_of_which_nobody_can_tell(path, tmp_path, monkeypatch):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    with Chest({("a", "b"): "v" * 9000}, path=path) as c:
+        c.flush()
+        folder, name = os.path.split(c.key_to_filename(("a", "b")))
+        os.rename(folder, str(tmp_path / "moved"))
+        os.symlink(outside, folder)
+        write(str(outside / name), "foreign")
+        del c["a", "b"]
+        with monkeypatch.context() as patch:
+            refuse_to_tell(patch, os.path.basename(folder))
+            c.flush()
+        assert (outside / name).read_text() == "foreign"
+
+
+def test_where_the_system_tells_of_no_folder_none_is_made(path, monkeypatch):
+    def stat(full, *args, **options):
+        raise OSError(12, "Cannot allocate memory", full)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        with pytest.raises(OSError):
+            Chest(path=os.path.join(path, "a", "b"))
+    assert not os.path.exists(path)
+
+
 def test_a_name_that_was_never_there_is_not_removed_once_it_is_in_use(path, monkeypatch):
     real = os.rename
 

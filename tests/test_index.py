@@ -698,3 +698,26 @@ def test_what_was_not_read_is_not_taken_for_uncommitted(keys, opened, act):
         act(index)
     assert read(keys) == before
     assert index.refresh() == (True, [b"one", b"two"])
+
+
+def test_a_lock_that_could_not_be_let_go_of_is_no_obstacle_to_who_has_it(path, monkeypatch):
+    real, failed = chest.index.unlock_descriptor, []
+
+    def unlock(descriptor):
+        if len(failed) < 2:  # it is tried twice
+            failed.append(descriptor)
+            raise OSError(5, "Input/output error")
+        real(descriptor)
+
+    with Chest(path=path) as c:
+        c["x"] = 1
+        with monkeypatch.context() as patch:
+            patch.setattr(chest.index, "unlock_descriptor", unlock)
+            c.flush()
+        assert len(failed) == 2
+        c["y"] = 2
+        c.flush()
+        with Chest(path=path) as other:
+            other["z"] = 3
+            other.flush()
+        assert dict(c) == {"x": 1, "y": 2, "z": 3}

@@ -473,3 +473,40 @@ def test_a_pickle_where_a_value_in_json_belongs_is_never_run(path, tmp_path):
             assert c["y"] == [2]
             c["new"] = 1
     assert not ran.exists()
+
+
+def refuse_to_tell(monkeypatch, *names):
+    """Let the system not say what certain files are."""
+    real = os.stat
+
+    def stat(full, *args, **options):
+        if os.path.basename(full) in names:
+            raise OSError(5, "Input/output error", full)
+        return real(full, *args, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+
+
+def test_a_file_of_which_the_system_does_not_tell_is_not_taken_for_gone(path, monkeypatch):
+    make(path, [("x", "x"), ("y", "y")], {"x": [1], "y": [2]})
+    with monkeypatch.context() as patch:
+        refuse_to_tell(patch, "x")
+        with pytest.raises(OSError, match="Input/output error"):
+            Chest(path=path)
+    with Chest(path=path) as c:
+        c["z"] = 3
+        c.flush()
+    with Chest(path=path) as c:
+        assert dict(c) == {"x": [1], "y": [2], "z": 3}
+
+
+def test_nor_is_one_that_keys_shared(path, monkeypatch):
+    make(path, [(1, "shared"), ("1", "shared")], {"shared": ["last"]})
+    with Chest(path=path) as c:
+        c["z"] = 3
+        with monkeypatch.context() as patch:
+            refuse_to_tell(patch, "shared")
+            with pytest.raises(ChestError, match="Input/output error"):
+                c.flush()
+    with Chest(path=path) as c:
+        assert dict(c) == {1: ["last"], "1": ["last"], "z": 3}
