@@ -218,7 +218,6 @@ class Saving(Loading):
                 deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
             self._shrunk -= sum(map(self.dirty.pop, saved))
             self._outdated = self._shrunk
-            self._mean = 0.0
             if not self.dirty:
                 self.dirty.clear()  # a dict that was large takes long to be looked through
             store.tidy()

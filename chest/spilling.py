@@ -220,14 +220,14 @@ class Spilling(Saving):
         held = [*filter(self._loose.__contains__, keys)] if self._loose else []
         for key in held:  # before they are dumped: from now on each hand that lets go of it tells
             self._hands.leave(key, self.inmem[key], soon=True)
-        refused, stays, unsaved = None, set[Any](), dict[Any, Exception]()
+        refused, unsaved = None, dict[Any, Exception]()
         try:
             changed = {key for key in held if self._must_write(key)}
+            writes = [key for key in keys if key in self.dirty or key in changed]
             try:
-                writes = [key for key in keys if key in self.dirty or key in changed]
                 unsaved = self._save(writes, stop=True)
-            except OSError as error:  # what has nothing to be written leaves all the same
-                refused, stays = error, changed
+            except OSError as error:  # what is not dirty leaves all the same
+                refused = error
         except BaseException:
             self.eviction.stay(key for key in keys if key in self.eviction)
             self._stay_in_hand(held)
@@ -237,7 +237,7 @@ class Spilling(Saving):
         # What a hook set in the place of a value that cannot change stays, if it can.
         self._let_go([*filterfalse(self._loose.__contains__, clean)] if self._loose else clean)
         for key in held:
-            if key in self.inmem and key not in self.dirty and key not in stays:
+            if key in self.inmem and key not in self.dirty:
                 self._let_go_of(key)
         left = filter(self.inmem.__contains__, keys)
         self.eviction.stay([*filterfalse(unsaved.__contains__, left)])

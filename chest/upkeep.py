@@ -148,7 +148,7 @@ class Upkeep(Reading, ABC):
         self._tolerated = self.ledger.retired + (WASTE - excess) // 2
 
     def repack(self, names: set[str]) -> None:
-        """Copy what is alive in certain packs to others, and remove them.
+        """Copy what is alive in certain packs to others; the last of them are left to be removed.
 
         The worst come first, and each commit takes as many as fill half a pack, or one: for until
         they are gone, the disk holds both.
@@ -167,7 +167,6 @@ class Upkeep(Reading, ABC):
                 some = set()
             some.add(name)
         self.repack_at_once(some)
-        self._remove_dead_packs()
 
     def repack_at_once(self, names: set[str]) -> None:
         """Do that in one commit, and remove nothing."""

@@ -254,7 +254,8 @@ def test_a_call_that_fails_once_the_index_was_replaced_makes_nothing_stale(
                 c.flush()
             c["due"] = "x"
             with monkeypatch.context() as patch:
-                patch.setattr(chest.upkeep, "COMPACT_BYTES", 0)
+                if act is not Chest.compact:  # which does it anyway
+                    patch.setattr(chest.upkeep, "COMPACT_BYTES", 0)
                 patch.setattr(chest.index.Index, "replace", then)
                 patch.setattr(owner, call, fail)
                 try:

@@ -376,6 +376,16 @@ def test_popitem_leaves_nothing_that_the_next_one_would_walk_over(c):
     assert [c.popitem()[0] for _ in range(100)] == [*range(99, -1, -1)]
 
 
+def test_popitem_takes_no_key_that_a_hook_sets_meanwhile(path):
+    def on_miss(key):
+        c.setdefault("new", key)
+
+    Chest({"a": [1], "b": [2]}, path=path).close()
+    with Chest(path=path, on_miss=on_miss) as c:
+        assert c.popitem() == ("b", [2])
+        assert dict(c) == {"a": [1], "new": "b"}
+
+
 def test_popitem_of_an_empty_chest_is_a_key_error(c):
     with pytest.raises(KeyError):
         c.popitem()

@@ -466,6 +466,23 @@ def test_a_file_that_cannot_be_removed_yet_is_removed_by_a_later_commit(
         c.close()
 
 
+def test_several_that_cannot_tell_of_a_file_tell_each_other_once(path, monkeypatch):
+    with Chest({"x": 1, "y": 2}, path=path) as c, Chest(path=path) as other:
+        c.flush()
+        with monkeypatch.context() as patch:
+            refuse(patch, "x")
+            refuse_to_tell(patch, "x")
+            del c["x"]
+            for n in range(8):
+                writer = (c, other)[n % 2]
+                writer["y"] = n
+                writer.flush()
+                assert len(writer._memory.ledger.left()) == 1
+        c["y"] = 8
+        c.flush()
+        assert "x" not in names(path)
+
+
 def test_nothing_is_removed_by_a_way_of_which_nobody_can_tell(path, tmp_path, monkeypatch):
     outside = tmp_path / "outside"
     outside.mkdir()

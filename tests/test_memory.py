@@ -1811,6 +1811,24 @@ def test_unchanged_values_leave_though_the_disk_is_full(small_disk, name):
             assert dict(c) == expected
 
 
+def test_what_was_changed_stays_while_it_cannot_be_written(small_disk):
+    path = os.path.join(small_disk.path, "chest")
+    with Chest(path=path, available_memory=50_000) as c:
+        for n in range(20):
+            c[n] = [b"x" * 9000]
+        c.flush()
+        with small_disk.full():
+            for n in range(20):
+                c[n].append(n)
+            assert c.memory_usage > 150_000
+            assert [c[n] for n in range(20)] == [[b"x" * 9000, n] for n in range(20)]
+        c.shrink()
+        assert c.memory_usage <= 50_000
+        c._check()
+    with Chest(path=path) as c:
+        assert [c[n] for n in range(20)] == [[b"x" * 9000, n] for n in range(20)]
+
+
 @pytest.mark.parametrize("make", [bytes, lambda n: [b"x" * n]])
 def test_what_is_read_leaves_though_what_is_new_cannot(small_disk, make):
     path = os.path.join(small_disk.path, "chest")
