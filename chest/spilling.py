@@ -78,17 +78,13 @@ class Spilling(Saving):
             return
         if time.monotonic() < self._free_after:
             return
-        self._mean = sum(map(self.eviction.size, self.dirty)) / max(len(self.dirty), 1)
-        if self._outdated <= OUTDATED + self._to_write():
-            return
         try:
-            self._free_after = math.inf  # hooks come here, too
-            aside = {*self.eviction.aside()}
-            with self:
-                unsaved = self._save([*filterfalse(aside.__contains__, self.dirty)], stop=True)
-                unsaved = self._set_aside(unsaved)
-                self._outdated = self._shrunk
-                self._report(unsaved)
+            self._free_after = math.inf  # hooks come here, too, and what is collected as garbage
+            dirty = [*self.dirty]
+            sizes = [self.eviction.size(key) for key in dirty if key in self.eviction]
+            self._mean = sum(sizes) / max(len(sizes), 1)
+            if self._outdated > OUTDATED + self._to_write():
+                self._save_to_free()
             self._free_after = 0
         except Exception as error:  # noqa: BLE001 -- what opens and dumps is theirs; it is said
             message = "what was replaced or deleted still takes room on disk: %s"
@@ -96,6 +92,14 @@ class Spilling(Saving):
         finally:
             if self._free_after:  # it did not succeed, and to try takes time
                 self._free_after = time.monotonic() + RETRY
+
+    def _save_to_free(self) -> None:
+        aside = {*self.eviction.aside()}
+        with self:
+            unsaved = self._save([*filterfalse(aside.__contains__, [*self.dirty])], stop=True)
+            unsaved = self._set_aside(unsaved)
+            self._outdated = self._shrunk
+            self._report(unsaved)
 
     def _to_write(self) -> float:
         """Return about how many bytes in memory the disk does not hold, in one step."""

@@ -1,5 +1,6 @@
 """What was replaced or deleted leaves the disk without a spill, a flush or a close, too."""
 
+import gc
 import json
 import logging
 import math
@@ -113,6 +114,58 @@ def test_what_memory_has_and_the_disk_as_well_lets_nothing_wait(path):
         for n in range(12, 18):
             del c[n]
         assert on_disk(c) < N * SIZE
+
+
+class Owner:
+    """Deletes another key as it goes."""
+
+    chest = None
+
+    def __init__(self, nbytes):
+        self.data = bytes(nbytes)
+
+    def __del__(self):
+        if self.chest is not None:
+            del self.chest["its index"]
+
+
+def test_a_value_may_use_the_chest_as_another_takes_its_place(path):
+    with Chest(path=path) as c:
+        value = Owner(5 * LIMIT)
+        c["owner"], c["its index"] = value, [1]
+        c.flush()
+        value.chest = c
+        del value
+        c["owner"] = 1
+        assert dict(c) == {"owner": 1}
+
+
+class Circle:
+    """Sets a key when it is collected as garbage."""
+
+    def __init__(self, chest, key):
+        self.me, self.chest, self.key = self, chest, key
+
+    def __del__(self):
+        self.chest[self.key] = 1
+
+
+def test_what_is_collected_may_set_keys_while_it_is_counted_what_to_write(path):
+    before = gc.get_threshold()
+    try:
+        for n in range(2, 60):
+            with Chest({"old": bytes(2 * LIMIT)}, path=f"{path}{n}") as c:
+                c.flush()
+                c.update((i, i) for i in range(20))
+                gc.collect()
+                Circle(c, "late")
+                gc.set_threshold(n)
+                c["old"] = b"small"
+                gc.set_threshold(*before)
+                gc.collect()
+                assert dict(c) == {"old": b"small", **{i: i for i in range(20)}, "late": 1}
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_clearing_alone_frees_the_disk(filled):
