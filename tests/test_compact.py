@@ -262,6 +262,7 @@ def test_a_call_that_fails_once_the_index_was_replaced_makes_nothing_stale(
                     act(c)
                 except (OSError, UnsavedError) as error:
                     assert "the disk fails" in str(error)
+                    assert (act, call, n) != (update_from_another, "read_frames", 1), "it is saved"
             other["k"], other["n"] = "other", "other"
             other.flush()
             assert (c["k"], c.get("n")) == ("other", "other")
