@@ -558,13 +558,14 @@ class Index:
         old = self._file
         try:
             self._adopt(new, *examined)
-        except BaseException:
-            self._give_up_next()  # which is locked, if an interrupt came before `_adopt` began
-            raise
-        self._take_next(None)
-        self._enter_holders()
-        unlock_descriptor(old.fileno())  # a child may have been forked, and have it open
-        old.close()
+        finally:
+            if self._file is new:  # also if an interrupt came as `_adopt` ended
+                self._take_next(None)
+                self._enter_holders()
+                unlock_descriptor(old.fileno())  # a forked child may have it open, too
+                old.close()
+            else:
+                self._give_up_next()  # which is locked, if an interrupt came before it began
 
     def _give_up_next(self) -> None:
         if self._next is not None and not self._next.closed:
