@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from chest import __version__
+from chest.aliases import UNSAVED
 from chest.errors import ChestError, CorruptIndexError, CorruptValueError
 from chest.frames import log_size
-from chest.ledger import UNSAVED
 from chest.options import absolute, looking
 from chest.outside import adopt, open_outside, trusting
 from chest.progress import counting

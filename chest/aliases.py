@@ -17,6 +17,7 @@ from typing import Any
 from chest.columns import NUMBERS, Pickled, all_plain, is_plain
 from chest.rows import Rows
 
+UNSAVED = -1  # stands for any row of a key whose value no commit holds: it is negative
 ALIKE = {str, bytes, int, type(None)}  # of these types, keys that are set look like those there
 
 

@@ -14,10 +14,11 @@ from threading import Thread
 from time import perf_counter
 from typing import IO, Any
 
+from chest.aliases import UNSAVED
 from chest.columns import Entry
 from chest.errors import CorruptValueError, UnsavedError
 from chest.files import demand_file
-from chest.ledger import UNSAVED, Ledger
+from chest.ledger import Ledger
 from chest.memory import Memory
 from chest.progress import BEAT, Tally
 from chest.residents import MISSING

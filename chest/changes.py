@@ -8,10 +8,10 @@ from collections.abc import Hashable, Iterable
 from itertools import compress, filterfalse
 from typing import Any
 
+from chest.aliases import UNSAVED
 from chest.blocks import Steps, block
 from chest.columns import Entry, gather
 from chest.errors import ChestClosedError, ReadOnlyError
-from chest.ledger import UNSAVED
 from chest.residents import MISSING, Residents
 from chest.serialize import SMALL, UndumpableError, changeable, digest_bytes
 from chest.store import Store

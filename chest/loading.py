@@ -14,12 +14,13 @@ from itertools import count
 from time import perf_counter
 from typing import Any
 
+from chest.aliases import UNSAVED
 from chest.changes import Changes
 from chest.columns import Entry
 from chest.errors import CorruptValueError
 from chest.eviction import READ_ONCE
 from chest.index import Index
-from chest.ledger import UNSAVED, Ledger
+from chest.ledger import Ledger
 from chest.residents import MISSING
 from chest.serialize import changeable
 

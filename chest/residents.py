@@ -21,11 +21,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from typing import Any, NoReturn, Self
 
+from chest.aliases import UNSAVED
 from chest.columns import is_plain
 from chest.errors import ChestClosedError, KeyTypeError, locating, say, told
 from chest.eviction import Eviction
 from chest.hands import Hands
-from chest.ledger import UNSAVED, Ledger
+from chest.ledger import Ledger
 from chest.loads import Loads
 from chest.options import Options
 from chest.serialize import Serializer, changeable

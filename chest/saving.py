@@ -10,11 +10,11 @@ from itertools import repeat
 from time import perf_counter
 from typing import Any
 
+from chest.aliases import UNSAVED
 from chest.changes import STEP
 from chest.columns import SURE, as_read, gather
 from chest.errors import KeyTypeError, ReadOnlyError
 from chest.eviction import Eviction
-from chest.ledger import UNSAVED
 from chest.loading import Loading
 from chest.packs import MANY, PACKED
 from chest.progress import Tally

@@ -15,10 +15,11 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from chest.aliases import UNSAVED
 from chest.columns import Entry, FrameError, own_entries
 from chest.directory import INDEX
 from chest.errors import CorruptIndexError, CorruptValueError, SerializerError
-from chest.ledger import UNSAVED, Ledger
+from chest.ledger import Ledger
 from chest.options import Options
 from chest.pickled import PickledKey, read_plain, skim
 from chest.progress import Tally

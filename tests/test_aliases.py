@@ -1,4 +1,4 @@
-"""Keys that are equal and do not look alike: chest/aliases.py, and the names in chest/ledger.py."""
+"""Keys that are equal and do not look alike: chest/aliases.py, and their names in the index."""
 
 import copy
 import json
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import chest
-import chest.ledger
+import chest.columns
+import chest.replay
 from chest import Chest, UnsavedError
 from chest.aliases import as_set, may_differ
 from chest.columns import decode
@@ -128,7 +129,7 @@ def without_class(path, monkeypatch):
 
     def run(act):
         with monkeypatch.context() as patch:
-            patch.setattr(chest.ledger, "_load_key", refuse)
+            patch.setattr(chest.replay, "_load_key", refuse)
             return act(path)
 
     return run
@@ -154,7 +155,7 @@ def verify(path):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [(f, s) for f, s in PAIRS if chest.ledger.is_plain(f)], ids=repr
+    ("first", "second"), [(f, s) for f, s in PAIRS if chest.columns.is_plain(f)], ids=repr
 )
 def test_a_dict_tells_what_it_has_where_that_is_plain(first, second):
     assert as_set({2: None, first: None}, second) is first

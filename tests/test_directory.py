@@ -15,7 +15,7 @@ from chest import Chest, CorruptIndexError, UnsavedError
 from chest.columns import Entry, Puts, encode
 from chest.directory import Directory
 from chest.filenames import digest_name
-from chest.index import write_log
+from chest.frames import write_log
 
 HOUR = 3600
 TOKEN = "0123456789abcdef"

@@ -8,10 +8,12 @@ from zlib import crc32
 import pytest
 from filelock import lock_descriptor, unlock_descriptor
 
+import chest.head
 import chest.index
 import chest.reading
 from chest import Chest, CorruptIndexError
-from chest.index import Index, encode_length, frame, write_log
+from chest.frames import encode_length, frame, write_log
+from chest.index import Index
 
 MAGIC = b"chest\x00\x01\n"
 MOVED = 0x80  # in the last byte of the head
@@ -262,7 +264,7 @@ def test_a_system_that_writes_less_than_asked_is_asked_again(keys, opened, monke
         def read(self, size=-1):
             return super().read(min(size, 5) if self.tell() >= 16 else size)
 
-    monkeypatch.setattr(chest.index, "FileIO", Slow)
+    monkeypatch.setattr(chest.head, "FileIO", Slow)
     commit(opened(), b"a longer payload", b"another")
     assert opened().refresh() == (True, [b"a longer payload", b"another"])
     assert read(keys)[16:] == framed(b"a longer payload") + framed(b"another")
@@ -624,9 +626,10 @@ def test_a_replacement_that_fails_lets_go_of_the_new_file_though_nobody_can_look
         made.append(file)
         return file
 
-    open_really = chest.index._open_file
+    open_really = chest.head.open_file
     with monkeypatch.context() as patch:
-        patch.setattr(chest.index, "_open_file", lambda *args: kept(open_really(*args)))
+        for module in chest.head, chest.index:
+            patch.setattr(module, "open_file", lambda *args: kept(open_really(*args)))
         patch.setattr(os, "replace", raising(OSError(5, "Input/output error")))
         patch.setattr(os, "lstat", lstat)
         with pytest.raises(OSError, match="Input/output"):
@@ -672,7 +675,7 @@ def test_an_interrupt_just_after_the_replacement_hides_the_new_log_from_nobody(
 
 def test_an_index_that_is_replaced_while_it_is_opened_is_opened_anew(keys, opened, monkeypatch):
     commit(opened(), b"one")
-    opening, modes = chest.index._open_file, []
+    opening, modes = chest.head.open_file, []
 
     def replace_before_the_second(name, mode):
         modes.append(mode)
@@ -681,7 +684,7 @@ def test_an_index_that_is_replaced_while_it_is_opened_is_opened_anew(keys, opene
             os.replace(keys + "-new", keys)
         return opening(name, mode)
 
-    monkeypatch.setattr(chest.index, "_open_file", replace_before_the_second)
+    monkeypatch.setattr(chest.head, "open_file", replace_before_the_second)
     index = opened()
     assert len(modes) == 4
     assert index.refresh() == (True, [b"one"])

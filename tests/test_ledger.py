@@ -14,9 +14,10 @@ from itertools import count
 import pytest
 
 import chest.ledger
+from chest.aliases import UNSAVED
 from chest.columns import Entry, FrameError, Puts, decode, encode
 from chest.frames import log_size
-from chest.ledger import UNSAVED, Ledger
+from chest.ledger import Ledger
 
 PICKLE = ("pickle", None)
 P1, P2, P3 = ".pack-1", ".pack-2", ".pack-3"

@@ -14,7 +14,8 @@ import pytest
 import chest.store
 from chest import Chest, ChestError, CorruptIndexError, CorruptValueError, ReadOnlyError
 from chest.directory import Directory
-from chest.index import MAGIC, Index
+from chest.frames import MAGIC
+from chest.index import Index
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "old_chests")
 MADE = runpy.run_path(os.path.join(HERE, "make.py"))

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import chest.head
 import chest.index
 import chest.ledger
 import chest.packs
@@ -929,7 +930,7 @@ class Crashes:
             write = self._around(lambda file, data: FileIO.write(file, data[: len(data) // 2 + 1]))
             truncate = self._around(FileIO.truncate)
 
-        for module in (chest.index, chest.packs, chest.staging):
+        for module in (chest.head, chest.packs, chest.staging):
             monkeypatch.setattr(module, "FileIO", Stepwise)
 
     def _around(self, function):

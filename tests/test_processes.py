@@ -35,6 +35,7 @@ import pytest
 
 import chest
 import chest.directory
+import chest.head
 import chest.index
 import chest.reading
 import chest.sizes
@@ -2025,7 +2026,7 @@ def test_a_file_system_without_maps_is_a_clear_error(path, monkeypatch, number):
     with Chest({"x": [1]}, path) as c:
         c.flush()
         with monkeypatch.context() as patch:
-            patch.setattr(chest.index.mmap, "mmap", no_maps)
+            patch.setattr(chest.head.mmap, "mmap", no_maps)
             for options in {}, {"readonly": True}:
                 with pytest.raises(OSError, match="shared memory maps") as caught:
                     Chest(path=path, **options)

@@ -36,7 +36,7 @@ from chest import (
     files,
     serialize,
 )
-from chest.index import write_log
+from chest.frames import write_log
 from chest.serialize import Serializer, changeable, dump_pickle
 
 OPENERS = {

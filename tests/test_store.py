@@ -20,6 +20,7 @@ from io import FileIO
 import pytest
 from xxhash import xxh3_64_intdigest
 
+import chest.head
 import chest.index
 import chest.ledger
 import chest.store
@@ -27,8 +28,8 @@ import chest.upkeep
 from chest import Chest, CorruptIndexError, CorruptValueError, ReadOnlyError, UnsavedError
 from chest.columns import Entry, Puts, encode
 from chest.directory import Directory
-from chest.frames import log_size
-from chest.index import MAGIC, Index, encode_length, frame
+from chest.frames import MAGIC, encode_length, frame, log_size
+from chest.index import Index
 from chest.ledger import Ledger
 from chest.serialize import Serializer
 from chest.store import Store
@@ -126,7 +127,7 @@ class Crashes:
             write = self._around(FileIO.write, half=True)
             truncate = self._around(FileIO.truncate)
 
-        monkeypatch.setattr(chest.index, "FileIO", Stepwise)
+        monkeypatch.setattr(chest.head, "FileIO", Stepwise)
 
     def _around(self, function, *, half=False):
         def step(*args, **options):
@@ -456,7 +457,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_frame_leaves_everything_as_it_wa
                 return 10
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(chest.index, "FileIO", Full)
+    monkeypatch.setattr(chest.head, "FileIO", Full)
     with Chest(before(), path=path) as c:
         c.flush()
         was = tree(path)

@@ -39,6 +39,7 @@ from hypothesis.stateful import (
 )
 
 import chest.bulk
+import chest.head
 import chest.index
 import chest.ledger
 import chest.store
@@ -1856,7 +1857,7 @@ class Steps:
             write = self._around(FileIO.write)
             truncate = self._around(FileIO.truncate)
 
-        monkeypatch.setattr(chest.index, "FileIO", Stepwise)
+        monkeypatch.setattr(chest.head, "FileIO", Stepwise)
         monkeypatch.setattr(Index, "publish", self._around(Index.publish))
 
     def _around(self, function):

@@ -27,7 +27,7 @@ from chest import (
     Report,
 )
 from chest.columns import Puts, encode
-from chest.index import frame
+from chest.frames import frame
 from chest.pickled import PickledKey, holds_json, skim
 from chest.reading import Reading
 

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import chest.directory
+import chest.head
 import chest.index
 import chest.packs
 import chest.staging
@@ -181,9 +182,9 @@ class Disk:
         self._patch(os, "fsync", sync)
         self._patch(os, "open", open_number)
         self._patch(mmap, "mmap", map_file)
-        self._patch(chest.index, "memoryview", view, create=True)
+        self._patch(chest.head, "memoryview", view, create=True)
         self._patch(chest.packs, "_Reader", Reader)
-        for module in chest.index, chest.packs, chest.staging, chest.directory:
+        for module in chest.head, chest.packs, chest.staging, chest.directory:
             self._patch(module, "FileIO", File)
         for name in _by_path:
             self._patch(os, name, self._by_path(name, getattr(os, name)))

@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from chest import Chest, ChestError, CorruptIndexError, CorruptValueError
 from chest.columns import Entry, Puts, encode
-from chest.index import MAGIC, encode_length, frame, write_log
+from chest.frames import MAGIC, encode_length, frame, write_log
 
 if os.name != "posix":
     pytest.skip("links, pipes and devices are POSIX", allow_module_level=True)
