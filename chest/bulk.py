@@ -36,63 +36,96 @@ OpenMany = Callable[..., AbstractContextManager[Iterable[IO[Any]]]]
 def stream(memory: Memory, keys: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """Yield the pairs of those `keys` that are there, pushing nothing out of memory.
 
-    Values in packs that cannot change are read ahead, in the order in which they lie there, and
-    not made resident. Each pair is as of the moment when it is yielded.
+    Values in packs are read ahead, in the order in which they lie there, and those that cannot
+    change are not made resident. Each pair is as of the moment when it is yielded.
     """
     keys = iter(keys)
-    while window := list(islice(keys, WINDOW)):
+    size, rest = WINDOW, list[Any]()
+    while rest or (rest := list(islice(keys, WINDOW))):
+        window, rest = rest[:size], rest[size:]
         seen, ledger = memory.seen, memory.ledger
-        values = _read_ahead(memory, ledger, window)
-        for key, ahead in zip(window, values, strict=True):
+        values, loose = _read_ahead(memory, ledger, window)
+        size = min(2 * size, WINDOW)
+        todo = iter(window)
+        for key, value in zip(todo, values, strict=False):
             # Without a commit it is neither deleted, nor set, nor is there a transaction.
             same = memory.ledger is ledger and memory.head[1] == memory.seen == seen
-            if ahead is MISSING or not same or key not in ledger.rows or key in memory.inmem:
-                try:
-                    current = memory.peek(key)
-                except KeyError:
-                    continue
-                yield key, current
-            else:
-                yield key, ahead
+            ahead = same and value is not MISSING and key in ledger.rows and key not in memory.inmem
+            if ahead and (key not in loose or memory.hand_out(key, value, ledger, *loose[key])):
+                yield key, value
+                continue
+            try:
+                current = memory.peek(key)
+            except KeyError:
+                continue
+            yield key, current
+            if not same:  # what was read ahead may be history: the more often, the less is read
+                left = [*todo]
+                size, rest = min(2 * (len(window) - len(left)), WINDOW), left + rest
 
 
-def _read_ahead(memory: Memory, ledger: Ledger, keys: list[Any]) -> list[Any]:
-    """Return the values that lie in packs and cannot change, `MISSING` for all others."""
-    rows = list(map(ledger.rows.get, keys, repeat(UNSAVED)))
+def _read_ahead(
+    memory: Memory, ledger: Ledger, keys: list[Any]
+) -> tuple[list[Any], dict[Any, tuple[int, int | None]]]:
+    """Read values that lie in packs.
+
+    Returns
+    -------
+    values : list
+        With `MISSING` for all others.
+    loose : dict
+        For those that can change, their rows and their digests as loaded.
+    """
+    nothing = [MISSING] * len(keys)
     resident = sum(map(memory.inmem.__contains__, keys))
     if memory.reads_alone or memory.head[1] != memory.seen or 2 * resident > len(keys):
-        return [MISSING] * len(keys)
+        return nothing, {}
+    started = perf_counter()
+    rows = list(map(ledger.rows.get, keys, repeat(UNSAVED)))
+    streams = _packed(memory, ledger, rows)
+    found = streams if all(streams) else [*filter(None, streams)]
+    try:
+        values = list(map(pickle.loads, found))
+    except Exception:  # noqa: BLE001 -- a pickle raises anything; it is read alone next
+        return nothing, {}
+    memory.meter.read(len(found), sum(map(len, found)), perf_counter() - started)
+    if found is not streams:
+        loaded = iter(values)
+        values = [next(loaded) if stream else MISSING for stream in streams]
+    if not any_changeable(values):
+        return values, {}
+    some = [n for n, value in enumerate(values) if value is not MISSING and changeable(value)]
+    digests = memory.digests_as_loaded([values[n] for n in some], [rows[n] for n in some])
+    return values, {keys[n]: (rows[n], d) for n, d in zip(some, digests, strict=True)}
+
+
+def _packed(memory: Memory, ledger: Ledger, rows: list[int]) -> list[bytes]:
+    """Return the streams of those of these rows whose values lie in packs; of others b"".
+
+    They are read in the order in which they lie there.
+    """
     if rows[0] >= 0 and rows == [*range(rows[0], rows[0] + len(rows))]:
         return _read_run(memory, ledger, range(rows[0], rows[-1] + 1))
     order = sorted(range(len(rows)), key=rows.__getitem__)  # rows come as their packs grow
     rows = [rows[n] for n in order]
     steps = enumerate(map(sub, rows[1:], rows), 1)
-    values: list[Any] = []
+    streams: list[bytes] = []
     for end in [*(n for n, step in steps if step != 1 or rows[n] == 0), len(rows)]:
-        values += _read_run(memory, ledger, range(rows[len(values)], rows[end - 1] + 1))
-    found = dict(zip(order, values, strict=True))
+        streams += _read_run(memory, ledger, range(rows[len(streams)], rows[end - 1] + 1))
+    found = dict(zip(order, streams, strict=True))
     return [found[n] for n in range(len(rows))]
 
 
-def _read_run(memory: Memory, ledger: Ledger, rows: range) -> list[Any]:
-    """Read the values of some rows in a row, at once where they lie end to end in a pack."""
-    nothing = [MISSING] * len(rows)
+def _read_run(memory: Memory, ledger: Ledger, rows: range) -> list[bytes]:
+    """Read the streams of some rows in a row, at once where they lie end to end in a pack."""
     if rows[0] < 0:
-        return nothing
-    started = perf_counter()
+        return [b""] * len(rows)
     span = ledger.span(rows)
     streams = span and memory.store.packs.read_span(*span)
     if streams is None and len(rows) > 1:
         half = len(rows) // 2
         return _read_run(memory, ledger, rows[:half]) + _read_run(memory, ledger, rows[half:])
-    try:
-        values = list(map(pickle.loads, streams or []))
-    except Exception:  # noqa: BLE001 -- a pickle raises anything; it is read alone next
-        return nothing
-    memory.meter.read(len(values), sum(map(len, streams or [])), perf_counter() - started)
-    if any_changeable(values):
-        return [MISSING if changeable(value) else value for value in values]
-    return values or nothing
+    return streams or [b""]
 
 
 def prefetch(
@@ -250,9 +283,13 @@ def link(memory: Memory, other: Memory, overwrite: bool, tally: Tally | None = N
 
 def _link_batch(memory: Memory, other: Memory, keys: list[Any], overwrite: bool) -> None:
     batch = Batch(memory.store.directory)
+    streams = _streams(other, keys)
     try:
         for key in keys:
-            if not _stage(memory, other, key, batch):
+            if key in streams:
+                batch.add([key], [streams[key]])
+                memory.store.write_like(other.store)
+            elif not _stage(memory, other, key, batch):
                 # First those that come before in the order.
                 memory.adopt(batch, keys, overwrite=overwrite)
                 batch.discard()
@@ -261,6 +298,22 @@ def _link_batch(memory: Memory, other: Memory, keys: list[Any], overwrite: bool)
         memory.adopt(batch, keys, overwrite=overwrite)
     finally:
         batch.discard()
+
+
+def _streams(other: Memory, keys: list[Any]) -> dict[Any, bytes]:
+    """Return the streams of those values of another chest that lie in packs, as of its disk."""
+    with other.lock:
+        other.begin()
+        ledger = other.ledger
+        packed = [*filter(ledger.is_packed, keys)]
+        rows = [ledger.rows[key] for key in packed]
+    streams = _packed(other, ledger, rows) if packed else []
+    with other.lock:
+        other.begin()
+        found = zip(packed, rows, streams, strict=True) if other.ledger is ledger else ()
+        now, dirty = ledger.rows, other.dirty
+        # The others were replaced meanwhile, or are not on disk: they are looked at one by one.
+        return {k: data for k, row, data in found if data and now.get(k) == row and k not in dirty}
 
 
 def _set(memory: Memory, key: Any, value: Any, overwrite: bool) -> None:

@@ -195,23 +195,28 @@ class Changes(Residents):
         """Find every value that changed in place, in memory and alive elsewhere."""
         if not self.options.writeback:
             return
-        clean = [*filterfalse(self.dirty.__contains__, self._loose)]
-        large = self.eviction.large() if clean else set()
-        for start in range(0, len(clean), STEP):
-            keys = clean[start : start + STEP]
-            for key in self._suspects(keys, large) if self.serializer.direct else keys:
-                self._must_write(key)
+        self._find_changed([*self._loose])
         for key, value in self._hands.alive():
             if self._hands.get(key) is value and self._differs(key, value, self.ledger.digest(key)):
                 self._revive(key, value)
 
-    def _suspects(self, keys: list[Any], large: set[Hashable]) -> list[Any]:
+    def _find_changed(self, keys: list[Any]) -> None:
+        """Mark those of these resident values dirty that changed in place."""
+        if self.readonly or not self.options.writeback:
+            return
+        clean = [*filterfalse(self.dirty.__contains__, keys)]
+        for start in range(0, len(clean), STEP):
+            some = clean[start : start + STEP]
+            for key in self._suspects(some) if self.serializer.direct else some:
+                self._must_write(key)
+
+    def _suspects(self, keys: list[Any]) -> list[Any]:
         """Return those of `keys` that have to be looked at one by one: no others have changed.
 
         Small values are pickled and compared in few steps.
         """
-        small = [*filterfalse(large.__contains__, keys)] if large else keys
         try:
+            small = self.eviction.small(keys)
             expected: Iterable[Any] = self.ledger.digests(small)
             if self._as_loaded:
                 expected = [*map(self._as_loaded.get, small, expected)]
@@ -219,13 +224,17 @@ class Changes(Residents):
             changed = [*compress(small, map(operator.ne, expected, map(digest_bytes, streams)))]
         except (KeyError, TypeError):  # what is pickled deletes others, or cannot be
             return keys
-        return changed if small is keys else [*changed, *filter(large.__contains__, keys)]
+        if small is keys:
+            return changed
+        return [*changed, *filterfalse({*small}.__contains__, keys)]
 
     def _differs(self, key: Hashable, value: Any, digest: int) -> bool:
         """Tell whether a clean value is not what was stored with `digest`."""
         if not self._may_change(value):
             return False
-        size = self.eviction.size(key) if key in self.eviction else SMALL
+        row = self.ledger.rows.get(key, UNSAVED)
+        stored = self.ledger.length(row) if row >= 0 else SMALL
+        size = self.eviction.size(key) if key in self.eviction else stored
         expected = self._as_loaded.get(key, digest)
         try:
             now = self.serializer.digest(value, size)
@@ -255,6 +264,13 @@ class Changes(Residents):
         except UndumpableError:
             return None
         return entry.digest if digest is None else digest
+
+    def digests_as_loaded(self, values: list[Any], rows: list[int]) -> list[int | None]:
+        """Do that for small values of certain rows, in few steps."""
+        if self.readonly or not self.options.writeback:
+            return [self.ledger.entry(row).digest for row in rows]
+        streams = self.serializer.dumps_all(values)
+        return [digest_bytes(some) if isinstance(some, bytes) else None for some in streams]
 
     def _must_write(self, key: Hashable) -> bool:
         if key in self.dirty or key not in self.inmem:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Hashable, Iterable
-from itertools import chain, count
+from itertools import count
 from typing import Any
 
 from heapdict import heapdict
@@ -190,12 +190,6 @@ class Eviction:
             if all(len(home.sizes) > 1 or home.nbytes < LARGE for home in known):
                 return keys
         return [key for key in keys if self.size(key) < LARGE]
-
-    def large(self) -> set[Hashable]:
-        """Return the keys that were enrolled with `LARGE` bytes or more."""
-        alone = [cohort.sizes for cohort in self._heap if len(cohort.sizes) == 1]
-        pairs = chain.from_iterable(sizes.items() for sizes in [self._aside.sizes, *alone])
-        return {key for key, size in pairs if size >= LARGE}
 
     def uses(self, key: Hashable) -> float:
         """Return how often `key` was found used, its last use included; 0 if not enrolled."""

@@ -12,7 +12,8 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from itertools import repeat
 from typing import Any
 
 from chest.blocks import Steps, block
@@ -116,10 +117,28 @@ class Hands:
             self.left = {key: left for key, left in self.left.items() if left() is not None}
             self._limit = max(REFERENCES, 2 * len(self.left))
 
-    def _is_held(self, key: Hashable, value: Any, times: int = 1) -> bool:
+    def leave_all(self, keys: list[Any], values: Sequence[Any]) -> None:
+        """Remember those of values that are not resident and in a hand, and forget the others.
+
+        There are no weak references to any of them.
+        """
+        held = {id(value) for _, value in self._in_hands()}
+        ids = [*map(id, values)]
+        if held.isdisjoint(ids):
+            deque(map(self.left.pop, keys, repeat(None)), maxlen=0)
+            return
+        for key, value, some in zip(keys, values, ids, strict=True):
+            if some in held:
+                self.leave(key, value)
+            else:
+                self.left.pop(key, None)
+
+    def _in_hands(self) -> list[tuple[Any, Any]]:
         # In the order that a value takes, so that it is met wherever it goes meanwhile.
-        held = [*self.held.values(), *self._pinned.values(), *self._passing.values(), *self.owed]
-        names = [name for name, some in held if some is value]
+        return [*self.held.values(), *self._pinned.values(), *self._passing.values(), *self.owed]
+
+    def _is_held(self, key: Hashable, value: Any, times: int = 1) -> bool:
+        names = [name for name, some in self._in_hands() if some is value]
         # As a dict compares keys: some cannot be compared that have different hashes.
         return len([n for n in names if hash(n) == hash(key) and n == key]) >= times
 
@@ -160,8 +179,13 @@ class Hands:
     def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Forget what is resident, or deleted, after all."""
         self.settling = False
-        left = self.left.items()
-        self.left = {key: value for key, value in left if key in rows and key not in inmem}
+        left = {key: value for key, value in self.left.items() if key in rows and key not in inmem}
+        # What is referred to here alone was about to leave, and is as the disk holds it.
+        self.left = {
+            key: value
+            for key, value in left.items()
+            if isinstance(value, weakref.ref) or self._is_held(key, value())
+        }
 
     def alive(self) -> list[tuple[Any, Any]]:
         """Return all that left and is alive, as pairs of key and value."""

@@ -203,15 +203,22 @@ class Loading(Changes):
                 if self.ledger is not ledger or self.head[1] != self.seen:
                     return False
                 if (
-                    fixed
-                    and ledger.rows.get(key) == row
+                    ledger.rows.get(key) == row
                     and key not in self.inmem
                     and key not in self._hands.left
-                    and not self._hands.held
                     and self.eviction.total + size <= self.available
+                    and not (fixed and self._hands.held)
                 ):
-                    self._keep_fixed(key, value)
-                    self.eviction.enroll(key, size, READ_ONCE)
+                    if fixed:
+                        self._keep_fixed(key, value)
+                        self.eviction.enroll(key, size, READ_ONCE)
+                    else:
+                        if digest != where[3]:
+                            self._as_loaded[key] = digest
+                        self._hands.hold(key, value)
+                        self._keep_loose(key, value)
+                        self.eviction.enroll(key, size, READ_ONCE)
+                        self._settle_owed()
                     taken = True
                 else:
                     entry = Entry(*where)
@@ -239,6 +246,22 @@ class Loading(Changes):
             self._as_loaded[key] = digest
         self._admit(key, value, size, uses, stream)
         return True
+
+    def hand_out(
+        self, key: Hashable, value: Any, ledger: Ledger, row: int, digest: int | None
+    ) -> bool:
+        """Put a value in this thread's hand that was read ahead from a row; False if it is history.
+
+        It is what `fetch` does last, where it streams.
+        """
+        entry = ledger.entry(row)
+        crowded = entry.length > self.available - self.eviction.total
+        size = entry.length if crowded else self.measure(value)
+        with self.lock, self:
+            self.begin()
+            if self.ledger is not ledger or ledger.rows.get(key) != row:
+                return False
+            return self._take_in(key, entry, value, size, digest, READ_ONCE, stream=True)
 
     def _begin_load(self, key: Hashable, stream: bool, me: int) -> Entry | tuple[Any]:
         """Return where to read the value from, or the value itself in a tuple.

@@ -248,9 +248,7 @@ class Residents(ABC):
     def _enter(self, key: Hashable, value: Any, size: int, uses: float) -> None:
         """Make a value resident."""
         if changeable(value):
-            self._loose[key] = None
-            self._hide(key)
-            self.inmem[key] = value
+            self._keep_loose(key, value)
         elif self.in_transaction:
             self.inmem[key] = value
             self._fresh[key] = value  # a hit that began before may be looking at `_fixed`
@@ -263,6 +261,11 @@ class Residents(ABC):
         self.inmem[key] = value
         if self._fixed is not self.inmem:
             self._fixed[key] = value
+
+    def _keep_loose(self, key: Hashable, value: Any) -> None:
+        self._loose[key] = None
+        self._hide(key)
+        self.inmem[key] = value
 
     def part(self) -> None:
         """Let `inmem` be a dict of its own from now on; needs the lock."""

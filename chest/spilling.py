@@ -110,13 +110,17 @@ class Spilling(Saving):
         if key not in self.ledger.rows:
             self._check_key(key)
             self.ledger.add(key)
-        elif type(key) is not str:
-            self._check_key(key)
-        self._note(key)
-        uses = self.eviction.uses(key)
-        self._soil(key, size)
-        self._discard(key)
-        self._enter(key, value, size, max(uses, 1))
+            self._note(key)
+            self.dirty[key] = 0
+            uses: float = 1
+        else:
+            if type(key) is not str:
+                self._check_key(key)
+            self._note(key)
+            uses = max(self.eviction.uses(key), 1)
+            self._soil(key, size)
+            self._discard(key)
+        self._enter(key, value, size, uses)
         if changeable(value):
             self._hold(key, value)
         else:
@@ -226,8 +230,8 @@ class Spilling(Saving):
             self._hands.leave(key, self.inmem[key], soon=True)
         refused, unsaved = None, dict[Any, Exception]()
         try:
-            changed = {key for key in held if self._must_write(key)}
-            writes = [key for key in keys if key in self.dirty or key in changed]
+            self._find_changed(held)
+            writes = [*filter(self.dirty.__contains__, keys)]
             try:
                 unsaved = self._save(writes, stop=True)
             except OSError as error:  # what is not dirty leaves all the same
@@ -238,11 +242,10 @@ class Spilling(Saving):
             raise
         unsaved = self._set_aside(unsaved)
         clean = [*filterfalse(self.dirty.__contains__, filter(self.inmem.__contains__, keys))]
-        # What a hook set in the place of a value that cannot change stays, if it can.
         self._let_go([*filterfalse(self._loose.__contains__, clean)] if self._loose else clean)
-        for key in held:
-            if key in self.inmem and key not in self.dirty:
-                self._let_go_of(key)
+        if held:  # what a hook set in the place of a value that cannot change stays, if it can
+            asked = {*held}
+            self._let_go_loose([key for key in clean if key in asked and key in self._loose])
         left = filter(self.inmem.__contains__, keys)
         self.eviction.stay([*filterfalse(unsaved.__contains__, left)])
         self._stay_in_hand(held)
@@ -265,17 +268,37 @@ class Spilling(Saving):
 
     def _let_go(self, keys: list[Any]) -> None:
         """Let go of values that cannot change, all in a few steps."""
-        kinds = {*map(type, gather(self.inmem, keys))}
-        if any(kind.__weakrefoffset__ for kind in kinds):
-            for key in keys:
-                self._let_go_of(key)
-            return
+        keys = self._let_go_of_referable(keys)
         hits = {} if self._fixed is self.inmem else self._fixed
         for part in (hits, self._fresh, self.inmem, self._touched, self._as_loaded):
             if part:
                 deque(map(part.pop, keys, repeat(None)), maxlen=0)
         self.eviction.discard_all(keys)
         self.meter.spills += len(keys)
+
+    def _let_go_loose(self, keys: list[Any]) -> None:
+        """Let go of values that can change, all in a few steps but for those in a hand."""
+        keys = self._let_go_of_referable(keys)
+        values = gather(self.inmem, keys)
+        for part in (self._loose, self._touched, self.inmem):
+            deque(map(part.pop, keys, repeat(None)), maxlen=0)
+        self.eviction.discard_all(keys)
+        self.meter.spills += len(keys)
+        self._hands.leave_all(keys, values)  # once more: they may have been handed out meanwhile
+        if self._as_loaded:
+            gone = filterfalse(self._hands.knows, keys)
+            deque(map(self._as_loaded.pop, gone, repeat(None)), maxlen=0)
+
+    def _let_go_of_referable(self, keys: list[Any]) -> list[Any]:
+        """Let go of values to which there may be weak references; return the keys of the others."""
+        kinds = {*map(type, gather(self.inmem, keys))}
+        referable = {kind for kind in kinds if kind.__weakrefoffset__}
+        if not referable:
+            return keys
+        some = {key for key in keys if type(self.inmem[key]) in referable}
+        for key in some:
+            self._let_go_of(key)
+        return [*filterfalse(some.__contains__, keys)]
 
     def _let_go_of(self, key: Hashable) -> None:
         value = self.inmem[key]

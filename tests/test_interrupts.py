@@ -44,6 +44,7 @@ import chest.upkeep
 from chest import Chest
 from chest.eviction import Eviction
 from chest.hands import Hands
+from chest.packs import MANY
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -487,6 +488,19 @@ def write_keys(w):
     w.c.write_keys()
 
 
+@by_others
+def start_records(w):
+    w.c.update({n: [n, "x" * 20] for n in range(MANY + 20)})
+    w.c.flush()
+    w.c.available_memory = 1500
+
+
+def change_each(w):
+    for value in w.c.values():
+        value.append(1)
+        yield
+
+
 # -- other chests
 
 
@@ -654,6 +668,10 @@ STORIES = {
     "keys that go": ({}, [
         begun, delete, delete_unsaved, write_keys, pop, popitem, set_again, flush, set_large,
         change_in_place, clear, set_again, flush, fill, clear, flush, look,
+    ]),
+    "records": ({}, [
+        start_records, look, change_each, read_everything, set_a_list, change_each, flush,
+        copy_away, look, update_from_stored,
     ]),
     "other chests": ({}, [
         begun, others_commit, look_at_theirs, change_in_place, set_and_spill, others_commit,

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
+from copy import deepcopy
 from functools import partialmethod
 from io import FileIO
 from pathlib import Path
@@ -1532,6 +1533,27 @@ def roll_back(c, other):
             raise ZeroDivisionError
 
 
+class Box(list):
+    """Something changeable to which there are weak references."""
+
+
+class Fickle(list):
+    """A list that is loaded with a pickle unlike the one that it was loaded from."""
+
+    def __reduce__(self):
+        return Fickle._load, (getattr(self, "times", 0), [*self])
+
+    def __init__(self, n):
+        super().__init__([n])
+
+    @staticmethod
+    def _load(times, items):
+        value = Fickle(0)
+        value[:] = items
+        value.times = times + 1
+        return value
+
+
 MEANWHILE = [
     set_one, set_and_let_go, set_elsewhere, set_many_elsewhere, delete_one, delete_elsewhere,
     delete_and_set, set_a_list, clear, clear_and_set, clear_elsewhere, move, use_the_name_again,
@@ -1539,9 +1561,11 @@ MEANWHILE = [
 ]
 
 
+@pytest.mark.parametrize("kind", [str, Box, list], ids=["text", "object", "list"])
 @pytest.mark.parametrize("change", MEANWHILE)
-def test_what_changes_during_the_iteration_is_seen(path, tight, change):
-    with Chest(small(120), path=path) as c:
+def test_what_changes_during_the_iteration_is_seen(path, tight, change, kind):
+    start = {key: kind(value) for key, value in small(120).items()}
+    with Chest(start, path=path) as c:
         c.flush()
     with Chest(path=path) as c, Chest(path=path) as other:
         found = []
@@ -1551,10 +1575,104 @@ def test_what_changes_during_the_iteration_is_seen(path, tight, change):
                 change(c, other)
         now = dict(c)
         keys = [key for key in small(120) if key in now or key in small(11)]
-        assert found[:11] == [*small(11).items()]
+        assert found[:11] == [*start.items()][:11]
         assert found[11:] == [(key, now[key]) for key in keys[11:]]
         check(c)
         check(other)
+
+
+RECORDS = {
+    "list": lambda n: [n],
+    "dict": lambda n: {"n": n},
+    "object": lambda n: Box([n]),
+    "list in a tuple": lambda n: (n, [n]),
+    "set": lambda n: {n, "n"},  # which other processes pickle in another order
+    "unlike its pickle": Fickle,
+}
+
+
+def change_record(value, by=1):
+    """Change a record in place so that it is unlike all others, and what it was."""
+    if isinstance(value, dict):
+        value["n"] += by
+    elif isinstance(value, set):
+        value.add(("changed", by))
+    else:
+        (value[1] if isinstance(value, tuple) else value).append(by)
+
+
+@pytest.fixture(params=RECORDS)
+def records(request, path):
+    """A chest with packed records that can change, of which few fit in memory, and its pairs."""
+    expected = {n: RECORDS[request.param](n) for n in range(2500)}
+    with Chest(expected, path=path) as c:
+        c.flush()
+    with Chest(path=path, available_memory=20_000) as c:
+        yield c, deepcopy(expected)
+
+
+def test_values_that_can_change_are_read_many_at_a_time_too(records, monkeypatch):
+    c, expected = records
+    noted = reads(monkeypatch)
+    assert [*c.items()] == [*expected.items()]
+    assert c.memory_usage <= 20_000
+    assert len(noted) < 20
+    noted.clear()
+    assert [*reversed(c.values())] == [*expected.values()][::-1]
+    assert len(noted) < 20
+    assert c.stats().writes == 0
+    check(c)
+
+
+def test_each_value_may_be_changed_in_place_before_the_next_is_taken(records, path):
+    c, expected = records
+    for turn in range(2):
+        for value in c.values():
+            change_record(value, turn)
+        assert c.memory_usage <= 20_000
+        for value in expected.values():
+            change_record(value, turn)
+        assert [*c.items()] == [*expected.items()]
+    check(c)
+    c.close()
+    assert read_back(path) == expected
+
+
+def test_a_value_that_was_changed_before_it_is_reached_is_the_changed_one(records, path):
+    c, expected = records
+    for n, (key, value) in enumerate(c.items()):
+        assert value == expected[key]
+        if n % 50 == 0:
+            for other in (key + 1, key + 700):
+                if other in c:
+                    change_record(c[other])
+                    change_record(expected[other])
+    check(c)
+    c.close()
+    assert read_back(path) == expected
+
+
+def test_what_is_read_ahead_again_and_again_is_less_and_less(path, monkeypatch):
+    with Chest({n: [n] for n in range(2000)}, path=path) as c:
+        c.flush()
+    with Chest(path=path, available_memory=0) as c:
+        noted = reads(monkeypatch)
+        c["x"] = None
+        for n, (key, _) in enumerate(c.items()):
+            if key != "x":
+                assert key == n
+                c["x"] = n  # and that is a commit
+        assert sum(length for _, length in noted) < 5 * packed_bytes(path)
+
+
+def test_a_copy_is_read_many_at_a_time_and_in_order(mixed, monkeypatch):
+    c, expected = mixed
+    c.flush()
+    noted = reads(monkeypatch)
+    new = c.copy()
+    assert len(noted) < 500  # of 3,000
+    assert [*new.items()] == [*expected.items()]
+    check(new)
 
 
 # -- hooks amid a commit --------------------------------------------------------------------------
