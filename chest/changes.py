@@ -272,6 +272,14 @@ class Changes(Residents):
         streams = self.serializer.dumps_all(values)
         return [digest_bytes(some) if isinstance(some, bytes) else None for some in streams]
 
+    def _note_as_loaded(self, key: Hashable, digest: int | None) -> None:
+        """Note the digest of a value that is about to be in memory; forget those of the gone."""
+        known = self._as_loaded
+        if len(known) > 2 * (len(self.inmem) + len(self._hands.left)) + STEP:
+            here = self.inmem
+            self._as_loaded = {k: d for k, d in known.items() if k in here or self._hands.knows(k)}
+        self._as_loaded[key] = digest
+
     def _must_write(self, key: Hashable) -> bool:
         if key in self.dirty or key not in self.inmem:
             return key in self.dirty

@@ -214,7 +214,7 @@ class Loading(Changes):
                         self.eviction.enroll(key, size, READ_ONCE)
                     else:
                         if digest != where[3]:
-                            self._as_loaded[key] = digest
+                            self._note_as_loaded(key, digest)
                         self._hands.hold(key, value)
                         self._keep_loose(key, value)
                         self.eviction.enroll(key, size, READ_ONCE)
@@ -243,7 +243,7 @@ class Loading(Changes):
         if self._torn or not self._wants(key, entry):
             return False
         if digest != entry.digest:
-            self._as_loaded[key] = digest
+            self._note_as_loaded(key, digest)
         self._admit(key, value, size, uses, stream)
         return True
 

@@ -1665,6 +1665,17 @@ def test_what_is_read_ahead_again_and_again_is_less_and_less(path, monkeypatch):
         assert sum(length for _, length in noted) < 5 * packed_bytes(path)
 
 
+def test_what_is_known_of_values_that_are_gone_takes_no_memory(path):
+    n = 8000
+    with Chest({i: Fickle(i) for i in range(n)}, path=path) as c:
+        c.flush()
+    with Chest(path=path, available_memory=10_000) as c:
+        for step in (c.values, lambda: map(c.__getitem__, c)):
+            assert sum(len(value) for value in step()) == n
+            assert len(c._memory._as_loaded) < n / 2
+        check(c)
+
+
 def test_a_copy_is_read_many_at_a_time_and_in_order(mixed, monkeypatch):
     c, expected = mixed
     c.flush()
