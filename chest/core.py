@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
+from itertools import zip_longest
 from operator import length_hint
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast, overload
@@ -412,9 +413,11 @@ class Chest(Status, MutableMapping[K, V]):
             return NotImplemented
         if len(self) != len(other):
             return False
-        for key, value in self._stream(self._in_order()):
-            theirs = _peek(other, key)
-            if theirs is not value and not (theirs == value):
+        keys = self._in_order()
+        theirs = other._stream(keys) if isinstance(other, Chest) else _pairs_of(other, keys)
+        both = zip_longest(self._stream(keys), theirs, fillvalue=(_MISSING, _MISSING))
+        for (key, value), (same, its) in both:
+            if same is not key or not (its is value or its == value):
                 return False
         return True
 
@@ -684,11 +687,9 @@ def _pairs(other: Any) -> Iterable[tuple[Any, Any]]:
     return ((key, value) for key, value in other)
 
 
-def _peek(mapping: Mapping[Any, Any], key: Any) -> Any:
-    """Return a value without pushing others out of memory, `_MISSING` if there is none."""
-    try:
-        if isinstance(mapping, Chest):
-            return mapping._memory.peek(key)
-        return mapping[key]
-    except KeyError:
-        return _MISSING
+def _pairs_of(mapping: Mapping[Any, Any], keys: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield the pairs of those `keys` that are there."""
+    for key in keys:
+        value = mapping.get(key, _MISSING)
+        if value is not _MISSING:
+            yield key, value

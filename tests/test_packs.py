@@ -1683,6 +1683,12 @@ def test_a_copy_is_read_many_at_a_time_and_in_order(mixed, monkeypatch):
     new = c.copy()
     assert len(noted) < 500  # of 3,000
     assert [*new.items()] == [*expected.items()]
+    new.flush()
+    noted.clear()
+    assert new == c
+    assert len(noted) < 1000
+    new["k2000"] = "other"
+    assert new != c
     check(new)
 
 
