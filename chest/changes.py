@@ -16,7 +16,7 @@ from chest.residents import MISSING, Residents
 from chest.serialize import SMALL, UndumpableError, changeable, digest_bytes
 from chest.store import Store
 
-STEP = 1024  # values dumped at a time
+COMPARED = 256  # small values dumped at a time to be compared
 
 
 class Changes(Residents):
@@ -205,8 +205,8 @@ class Changes(Residents):
         if self.readonly or not self.options.writeback:
             return
         clean = [*filterfalse(self.dirty.__contains__, keys)]
-        for start in range(0, len(clean), STEP):
-            some = clean[start : start + STEP]
+        for start in range(0, len(clean), COMPARED):
+            some = clean[start : start + COMPARED]
             for key in self._suspects(some) if self.serializer.direct else some:
                 self._must_write(key)
 
@@ -275,7 +275,7 @@ class Changes(Residents):
     def _note_as_loaded(self, key: Hashable, digest: int | None) -> None:
         """Note the digest of a value that is about to be in memory; forget those of the gone."""
         known = self._as_loaded
-        if len(known) > 2 * (len(self.inmem) + len(self._hands.left)) + STEP:
+        if len(known) > 2 * (len(self.inmem) + len(self._hands.left)) + COMPARED:
             here = self.inmem
             self._as_loaded = {k: d for k, d in known.items() if k in here or self._hands.knows(k)}
         self._as_loaded[key] = digest

@@ -11,7 +11,6 @@ from time import perf_counter
 from typing import Any
 
 from chest.aliases import UNSAVED
-from chest.changes import STEP
 from chest.columns import SURE, as_read, gather
 from chest.errors import KeyTypeError, ReadOnlyError
 from chest.eviction import Eviction
@@ -21,6 +20,8 @@ from chest.progress import Tally
 from chest.serialize import UndumpableError
 from chest.staging import STREAM_BYTES, Batch
 from chest.store import Store
+
+STEP = 1024  # values dumped at a time
 
 logger = logging.getLogger("chest")
 
