@@ -210,6 +210,14 @@ class Changes(Residents):
             for key in self._suspects(some) if self.serializer.direct else some:
                 self._must_write(key)
 
+    def _was_frozen(self, key: Hashable, value: Any) -> bool:
+        """Make a value resident and dirty that changed before it became read-only."""
+        row = self.ledger.rows.get(key, UNSAVED)
+        changed = row >= 0 and self._differs(key, value, self.ledger.digest(key))
+        if changed:
+            self._revive(key, value)
+        return changed
+
     def _suspects(self, keys: list[Any]) -> list[Any]:
         """Return those of `keys` that have to be looked at one by one: no others have changed.
 
@@ -229,8 +237,13 @@ class Changes(Residents):
         return [*changed, *filterfalse({*small}.__contains__, keys)]
 
     def _differs(self, key: Hashable, value: Any, digest: int) -> bool:
-        """Tell whether a clean value is not what was stored with `digest`."""
-        if not self._may_change(value):
+        """Tell whether a clean value is not what was stored with `digest`.
+
+        What it could do when it came counts, not what it is by now: an array that was changed may
+        be read-only since.
+        """
+        fixed = key not in self._loose if key in self.inmem else self._hands.is_fixed(key)
+        if fixed or self.readonly or not self.options.writeback:
             return False
         row = self.ledger.rows.get(key, UNSAVED)
         stored = self.ledger.length(row) if row >= 0 else SMALL

@@ -22,6 +22,24 @@ THREADS = 32  # with a value in hand, before those that ended are looked for
 REFERENCES = 1000  # kept before dead ones are looked for
 
 
+class _FixedReference(weakref.ref[Any]):
+    """A weak reference to a value that could not change when it left."""
+
+    __slots__ = ()
+
+
+class _Fixed:
+    """Keeps a value that could not change when it left."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __call__(self) -> Any:
+        return self._value
+
+
 class Hands:
     """The values in hand, by thread, and those that left memory, by key.
 
@@ -105,12 +123,18 @@ class Hands:
             self.held[me] = hand
             del self._pinned[pin]
 
-    def leave(self, key: Hashable, value: Any, *, soon: bool = False) -> None:
-        """Remember that a value is not resident, or not `soon`, as long as it is alive."""
+    def leave(
+        self, key: Hashable, value: Any, *, soon: bool = False, fixed: bool = False
+    ) -> None:
+        """Remember that a value is not resident, or not `soon`, as long as it is alive.
+
+        With `fixed` it could not change so far. Only the array of somebody who has it can be made
+        read-only since, after it was changed.
+        """
         if type(value).__weakrefoffset__:
-            self.left[key] = weakref.ref(value)
+            self.left[key] = _FixedReference(value) if fixed else weakref.ref(value)
         elif soon or self._is_held(key, value):
-            self.left[key] = lambda: value
+            self.left[key] = _Fixed(value) if fixed else lambda: value
         else:
             self.left.pop(key, None)
         if len(self.left) > self._limit:
@@ -154,6 +178,10 @@ class Hands:
             return default
         value = left()
         return default if value is None and isinstance(left, weakref.ref) else value
+
+    def is_fixed(self, key: Hashable) -> bool:
+        """Tell whether what left under `key` could not change then."""
+        return isinstance(self.left.get(key), _FixedReference | _Fixed)
 
     def knows(self, key: Hashable) -> bool:
         """Tell whether something left under `key` that may be alive."""

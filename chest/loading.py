@@ -287,6 +287,8 @@ class Loading(Changes):
                 value = self._hands.get(key, MISSING)
                 row = self.ledger.rows.get(key, UNSAVED)
                 if value is not MISSING:
+                    if not changeable(value) and self._was_frozen(key, value):
+                        continue
                     size = self.measure(value)
                     same = self.in_memory(key) is MISSING or self.in_memory(key) is value
                     if same and key not in self.inmem and self.ledger.rows.get(key) == row:
@@ -339,7 +341,7 @@ class Loading(Changes):
         if fits:
             self._enter(key, value, size, uses)
         else:
-            hands.leave(key, value)
+            hands.leave(key, value, fixed=not loose)
         # Only now: both may commit, and then find that another handle replaced or deleted the key.
         self._settle_owed()
         self._make_room()

@@ -301,10 +301,11 @@ class Spilling(Saving):
         return [*filterfalse(some.__contains__, keys)]
 
     def _let_go_of(self, key: Hashable) -> None:
-        value = self.inmem[key]
+        value, fixed = self.inmem[key], key not in self._loose
         self._leave(key)
         self.meter.spills += 1
-        self._hands.leave(key, value)  # once more: it may have been handed out meanwhile
+        # Once more: it may have been handed out meanwhile.
+        self._hands.leave(key, value, fixed=fixed)
         if self._as_loaded and not self._hands.knows(key):
             self._as_loaded.pop(key, None)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from chest import Chest, UnsavedError
+from chest.serialize import Serializer
 
 
 @pytest.mark.parametrize("n", [1, 100, 3000])
@@ -72,3 +73,74 @@ def test_a_value_that_deletes_others_when_it_is_compared_keeps_none_from_being_s
             assert all(c[k] == [k, 1] for k in c if k != "k")
     finally:
         Deleting.chest = None
+
+
+def whole(array):
+    return array
+
+
+def within(array):
+    return 1, array
+
+
+@pytest.mark.parametrize("size", [3, 100_000])
+@pytest.mark.parametrize("form", [whole, within])
+@pytest.mark.parametrize("by", ["flush", "spill", "move", "close", "get and close", "others"])
+@pytest.mark.parametrize("left", [False, True])
+def test_what_was_changed_before_it_was_made_read_only_is_saved(path, left, by, form, size):
+    def array_of(value):
+        return value if form is whole else value[1]
+
+    with Chest({"k": form(np.zeros(size)), "other": [1]}, path=path) as c:
+        c.flush()
+        value = c["k"]
+        if left:
+            c.available_memory = 0
+            c.available_memory = 1 << 30
+            assert "k" not in c.inmem
+        array_of(value)[1] = 5
+        array_of(value).flags.writeable = False
+        if by == "flush":
+            c.flush()
+        elif by == "spill":
+            c.available_memory = 0
+        elif by == "move":
+            c["k"]
+            c.move_to_disk("k")
+        elif by == "get and close":
+            del value
+            assert array_of(c["k"])[1] == 5
+            c["other"]
+        elif by == "others":
+            with Chest(path=path) as d:
+                d["other"] = [2]
+            c["other"]
+        c._check()
+    with Chest(path=path) as c:
+        assert array_of(c["k"])[1] == 5
+
+
+def test_a_read_only_array_is_not_looked_at(path, monkeypatch):
+    array = np.zeros(100_000)
+    array.flags.writeable = False
+    with Chest({"k": array, "many": (1, array)}, path=path) as c:
+        c.flush()
+        looked = []
+        digest = Serializer.digest
+        monkeypatch.setattr(Serializer, "digest", lambda *args: looked.append(1) or digest(*args))
+        for available in (0, 1 << 30, 0):
+            c.available_memory = available
+            assert c["k"].sum() == c["many"][1].sum() == 0
+            c.flush()
+        assert not looked
+        c._check()
+
+
+def test_a_transaction_that_fails_takes_back_what_was_made_read_only(path):
+    with Chest({"k": np.zeros(3)}, path=path) as c:
+        with pytest.raises(ZeroDivisionError), c.transaction():
+            c["k"][0] = 5
+            c["k"].flags.writeable = False
+            raise ZeroDivisionError
+        assert c["k"][0] == 0
+        c._check()
