@@ -215,9 +215,9 @@ class Loading(Changes):
                     else:
                         if digest != where[3]:
                             self._note_as_loaded(key, digest)
-                        self._hands.hold(key, value)
                         self._keep_loose(key, value)
                         self.eviction.enroll(key, size, READ_ONCE)
+                        self._hands.hold(key, value)
                         self._settle_owed()
                     taken = True
                 else:
@@ -334,14 +334,14 @@ class Loading(Changes):
             fits = fits and (loose or not self.ledger.is_packed(key))
         self._note(key)
         hands = self._hands
-        if loose or not fits:
-            hands.hold(key, value)
-        else:
-            hands.empty()
         if fits:
             self._enter(key, value, size, uses)
         else:
-            hands.leave(key, value, fixed=not loose)
+            hands.leave(key, value, soon=True, fixed=not loose)
+        if loose or not fits:  # what was in hand may die, and use the chest as it does
+            hands.hold(key, value)
+        else:
+            hands.empty()
         # Only now: both may commit, and then find that another handle replaced or deleted the key.
         self._settle_owed()
         self._make_room()

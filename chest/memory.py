@@ -150,7 +150,9 @@ class Memory(Spilling):
             # transaction, and not to be lost.
             others = self._hands.of_others()
             theirs = {key for key, value in others if self.in_memory(key) is value} - self._inside
-            for key in {*self.dirty, *self._changed_in_place()} - theirs:
+            doomed = {*self.dirty, *self._changed_in_place()} - theirs
+            _ = [*map(self.in_memory, doomed)]  # they may use the chest as they die
+            for key in doomed:
                 self._forget(key)
             store.roll_back()
             self._look(store)

@@ -323,6 +323,7 @@ class Residents(ABC):
     def delete(self, key: Hashable, *, last: bool = False) -> None:
         """Delete a key without reading its value; needs the lock."""
         self.ledger.demand_quiet()
+        _ = self.in_memory(key)  # what a value does as it dies comes when all this is done
         with self:
             self._hide(key)  # first, so that no hit finds what `in` does not
             row = self.ledger.rows.get(key, UNSAVED)
@@ -357,6 +358,7 @@ class Residents(ABC):
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
         self.ledger.demand_quiet()
+        _ = self.inmem, self._hands  # what values do as they die comes when all this is done
         with self:
             self._fixed = {}  # first, so that no hit finds what `in` does not
             self._arm()

@@ -39,6 +39,7 @@ class Spilling(Saving):
             return
         with self.lock, self:
             self.begin("set a value")
+            _ = self.in_memory(key)  # what it does as it dies comes when all this is done
             self.put(key, value, size)
             if self.eviction.total > self.available:
                 self._spill(key)

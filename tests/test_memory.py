@@ -2333,3 +2333,112 @@ def test_what_cannot_be_looked_at_stops_one_operation_and_no_other(path, monkeyp
             assert c.get("z") is None
         assert c["x"] == [1, 2]
         c._check()
+
+
+class Dying:
+    """A value that does something when it dies, once."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __reduce__(self):
+        return list, ()
+
+    def __del__(self):
+        self.act()
+
+
+def replace(c):
+    c["k"] = [5]
+
+
+def replace_in_hand(c):
+    c["k"] = Dying(lambda: None)
+    c.get("z")
+
+
+def delete_and_read(c):
+    del c["k"]
+    c.get("z")
+
+
+def delete_and_read_what_left(c):
+    c.move_to_disk("z")
+    del c["k"]
+    c.get("z")
+
+
+def clear(c):
+    c.clear()
+
+
+def fail(c):
+    c.get("z")
+    with suppress(ZeroDivisionError), c.transaction():
+        c["k"] = [1]
+        raise ZeroDivisionError
+
+
+def fail_with_it(c):
+    dying = c.pop("k")
+    with suppress(ZeroDivisionError), c.transaction():
+        c["k"] = dying
+        del dying
+        c["z"].append(4)
+        raise ZeroDivisionError
+
+
+def take_over(c):
+    with Chest(path=c.path) as other:
+        other["k"] = "theirs"
+    c.get("z")
+
+
+def transact_at_last(c):
+    with c.transaction():
+        c["last"] = ["word"]
+        c.pop("x", None)
+
+
+LAST_ACTS = {
+    "set": lambda c: c.__setitem__("last", "word"),
+    "set a list": lambda c: c.__setitem__("last", ["word"]),
+    "set its key": lambda c: c.__setitem__("k", ["word"]),
+    "set what is read": lambda c: c.__setitem__("z", ["word"]),
+    "pop": lambda c: c.pop("k", None),
+    "pop what is read": lambda c: c.pop("z", None),
+    "clear": lambda c: c.clear(),
+    "get": lambda c: [c.get(key) for key in ("k", "z", "x")],
+    "flush": lambda c: c.flush(),
+    "spill": lambda c: c.move_to_disk("x") if "x" in c else None,
+    "transaction": transact_at_last,
+}
+
+
+@pytest.mark.parametrize("act", LAST_ACTS)
+@pytest.mark.parametrize(
+    "step",
+    [
+        replace, replace_in_hand, delete_and_read, delete_and_read_what_left, clear, fail,
+        fail_with_it, take_over,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("budget", [1 << 30, 0])
+def test_what_a_value_does_as_it_dies_is_done(path, step, act, budget):
+    acts = []
+    with Chest({"z": [1], "x": [2]}, path, available_memory=budget) as c:
+        c["k"] = Dying(lambda: acts and acts.pop()(c))
+        c.flush()
+        acts.append(LAST_ACTS[act])
+        step(c)
+        len(c)
+        acts.clear()
+        c._check()
+        found = {key: c.get(key) for key in ("k", "z", "x", "last") if key in c}
+        assert found.keys() == {*c}
+        assert c.memory_usage <= max(budget, 0)
+        kept = {key: [] if isinstance(value, Dying) else value for key, value in found.items()}
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == kept
