@@ -33,8 +33,10 @@ LINKS = 1024  # values taken over in one commit
 OpenMany = Callable[..., AbstractContextManager[Iterable[IO[Any]]]]
 
 
-def stream(memory: Memory, keys: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+def stream(memory: Memory, keys: Iterable[Any], _chest: object) -> Iterator[tuple[Any, Any]]:
     """Yield the pairs of those `keys` that are there, pushing nothing out of memory.
+
+    The chest stays open for as long as this goes on, even if nobody else has it.
 
     Values in packs are read ahead, in the order in which they lie there, and those that cannot
     change are not made resident. Each pair is as of the moment when it is yielded.

@@ -158,9 +158,9 @@ class Changes(Residents):
         # Each stays owed until that is done, so that no interrupt loses it. What is pickled for it
         # may come here, too, and leaves the rest to whom it interrupts.
         while hands.owed and not hands.settling:
-            key, value = hands.owed[0]
-            hands.settling = True
+            hands.settling = True  # first: the value before may die here, and come here in turn
             try:
+                key, value = hands.owed[0]
                 changed = hands.is_gone(key, value) and self._settle(key, value)
                 hands.owed.popleft()
             finally:
@@ -173,7 +173,9 @@ class Changes(Residents):
         with self._hands.pinned():  # hooks may take other values in hand
             try:
                 row = self.ledger.rows.get(key, UNSAVED)
-                if row >= 0 and self._differs(key, value, self.ledger.digest(key)):
+                if key in self.dirty:  # and resident: a hook had it since it was dumped to leave
+                    self._late.add(key)
+                elif row >= 0 and self._differs(key, value, self.ledger.digest(key)):
                     self._revive(key, value)
                     return True
             except Exception:

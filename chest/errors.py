@@ -22,7 +22,10 @@ _repr.maxstring = _repr.maxother = 120
 
 def show(key: object) -> str:
     """Return a key as it stands in messages."""
-    return " ".join(_repr.repr(key).split())
+    try:
+        return " ".join(_repr.repr(key).split())
+    except ValueError:  # an int that is too long for Python to turn it into text
+        return f"<{type(key).__name__}>"
 
 
 def say(error: BaseException) -> str:

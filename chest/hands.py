@@ -164,7 +164,7 @@ class Hands:
     def _is_held(self, key: Hashable, value: Any, times: int = 1) -> bool:
         names = [name for name, some in self._in_hands() if some is value]
         # As a dict compares keys: some cannot be compared that have different hashes.
-        return len([n for n in names if hash(n) == hash(key) and n == key]) >= times
+        return len([n for n in names if hash(n) == hash(key) and (n,) == (key,)]) >= times
 
     def of_others(self) -> list[tuple[Any, Any]]:
         """Return what other threads have in hand, as pairs of key and value."""

@@ -196,6 +196,13 @@ class Head:
         except FileNotFoundError:
             return False
 
+    def is_current(self) -> bool:
+        """Tell whether the path leads to this file."""
+        try:
+            return self._is_current()
+        except FileNotFoundError:
+            return False
+
     def _is_current(self) -> bool:
         try:
             return os.path.samestat(os.lstat(self.path), os.fstat(self._file.fileno()))

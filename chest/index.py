@@ -21,7 +21,7 @@ import time
 from filelock import lock_descriptor, unlock_descriptor
 
 from chest.blocks import Steps, block
-from chest.errors import CorruptIndexError, locating
+from chest.errors import DROPPED, CorruptIndexError, locating
 from chest.files import is_there
 from chest.frames import (
     HEAD,
@@ -127,12 +127,20 @@ class Index(Head):
         if self.foreign:
             anew, self._fresh = self._fresh, False
             return anew, []
+        before = anew, start, _ = self._fresh, self._read_to, self._file
         word = _native(self.head[1])
-        end = self._decode(word)
-        if self._fresh:
-            self.frames = 0
-        payloads = self._read(HEAD if self._fresh else self._read_to, end)
-        anew, self._fresh = self._fresh, False
+        try:
+            end = self._decode(word)
+            if anew:
+                self.frames = 0
+            payloads = self._read(HEAD if anew else start, end)
+        except CorruptIndexError:
+            if before == (self._fresh, self._read_to, self._file):
+                raise
+        # What was collected as garbage meanwhile, and uses the chest, may have come here, too.
+        if before != (self._fresh, self._read_to, self._file):
+            return self.refresh(look=look)
+        self._fresh = False
         self._read_to, self._ends = end, []
         self.frames += len(payloads)
         # Without MOVED: as long as it is set, every look finds a difference and comes here.
@@ -316,6 +324,11 @@ class Index(Head):
         if self._read_to < decode_length(_native(self.head[1])):
             raise RuntimeError(f"the index {self.path} was not read up to its committed length")
 
+    def demand_current(self) -> None:
+        """Raise FileNotFoundError if somebody removed the file, though it is locked."""
+        if not self._is_current():
+            raise FileNotFoundError(errno.ENOENT, DROPPED, self.path)
+
     def leave(self) -> None:
         """Leave what was appended to the next writer, to sweep what it names; needs the lock."""
         self._ends = []
@@ -337,6 +350,7 @@ class Index(Head):
         OSError
             If the disk refuses; where `published` is true then, the commit counts.
         """
+        self.demand_current()
         self._sync()
         self.publishing = _native(encode_length(self._written_to))
         self.head[1] = self.publishing
@@ -393,6 +407,7 @@ class Index(Head):
             lock_descriptor(new.fileno(), poll_interval=POLL)
             examined = self._examine(new, scratch)
             self.publishing = _native(_native(self.head[1]) | MOVED)
+            self.demand_current()
             self._set_moved(True)
             os.replace(scratch, self.path)
         except BaseException:

@@ -37,7 +37,7 @@ class Ledger(Replay):
     Attributes
     ----------
     is_recording : bool
-        Whether a commit is being recorded.
+        Whether a commit is being recorded, or those of others are taken in.
     """
 
     def __init__(self, trusted: bool) -> None:
@@ -98,10 +98,10 @@ class Ledger(Replay):
         Raises
         ------
         RuntimeError
-            If a key that is pickled for it, or what names its file, is the one who asks.
+            If a key that is pickled for it, what names its file, or a dying value is who asks.
         """
         if self.is_recording:
-            who = "what pickles a key, or names its file, for a commit"
+            who = "what pickles a key, names its file or is collected as garbage amid a commit"
             raise RuntimeError(f"{who} must not delete keys or commit itself")
 
     def mend(self) -> None:
@@ -167,11 +167,11 @@ class Ledger(Replay):
     @block
     def recording(self) -> Steps:
         """Have whoever deletes or commits in the block refused by `demand_quiet`."""
-        self.is_recording = True
+        before, self.is_recording = self.is_recording, True
         try:
             yield
         finally:
-            self.is_recording = False
+            self.is_recording = before
 
     def encode(
         self, blocks: Iterable[Puts], serializer: tuple[str, bool | None], *, first: bool = True
@@ -216,6 +216,10 @@ class Ledger(Replay):
         if min(rows, default=0) >= 0:
             return [*gather(self._serials, rows)]
         return [~row if row < 0 else self._serials[row] for row in rows]
+
+    def _serial_of(self, key: Hashable) -> int:
+        row = self.rows.get(key, UNSAVED)
+        return self._serials[row] if row >= 0 else -1
 
     def committed_rows(self) -> dict[Any, int]:
         """Return the keys that are stored as of the last commit, with their rows."""
@@ -283,6 +287,7 @@ class Ledger(Replay):
                 self._names.update((row, name) for name, row in named if name is not None)
             gone += self._replace(puts.keys, rows)
         self._retire(retired)
+        self._keep_files([file for puts in blocks for file in _files_of(puts)])
         if self._ties:  # keys that no commit holds come behind others
             self._in_order = False
         self.serializers[serializer[0]] = serializer[1]
@@ -302,7 +307,9 @@ class Ledger(Replay):
         self.changed = changed
         old._delete_all(old._cleared or {})
         for key, row in old._deleted.items():
-            if row >= 0 and key in self.rows:
+            # What was set again here stays as it is there; so does what others did set again.
+            again = key in old.rows or self._serial_of(key) != old._serials[row]
+            if row >= 0 and not again:
                 self.delete(key)
         for key, row in old._unsaved():
             if key not in self.rows:
@@ -337,6 +344,10 @@ class Ledger(Replay):
         assert all(~row < self._next_serial for _, row in self._unsaved())
         assert all(row < len(self._files) for row in self.rows.values())
         assert not self._deleted.keys() & dict(self.stored()).keys(), "stored and deleted"
+
+
+def _files_of(puts: Puts) -> list[str]:
+    return [] if isinstance(puts.files, str) else puts.files
 
 
 def _in_batches(blocks: Iterable[tuple[list[int], Puts]]) -> Iterator[list[tuple[Any, Puts]]]:

@@ -98,12 +98,13 @@ class Reading:
         CorruptIndexError
         """
         try:
-            anew, payloads = self.index.refresh(look=look)
-            if anew:
-                self._apply_anew(payloads)
-            else:
-                for payload in payloads:
-                    self.ledger.apply(payload)
+            with self.ledger.recording():
+                anew, payloads = self.index.refresh(look=look)
+                if anew:
+                    self._apply_anew(payloads)
+                else:
+                    for payload in payloads:
+                        self.ledger.apply(payload)
         except BaseException as error:
             self.index.rewind()  # what was read and not taken in must be read again
             if isinstance(error, FrameError):

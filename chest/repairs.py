@@ -152,9 +152,11 @@ def _drop(store: Store, report: Report) -> None:
             store.ledger.delete(problem.key)
     store.repack_at_once(packs - store.ledger.unreadable_files())
     _delete_unreadable(store, problems)
-    for name in sorted(names):
-        if not store.ledger.packs.get(name):  # else values that cannot be moved are alive in it
-            report.aside += filter(None, [store.directory.set_aside(name)])
+    # Others may be alive in a pack that cannot be moved, or have the name of a file by now.
+    alive = store.ledger.files()
+    store.ledger.obsolete = [e for e in store.ledger.obsolete if e.file not in alive]
+    for name in sorted(names - alive):
+        report.aside += filter(None, [store.directory.set_aside(name)])
     store.tidy()
 
 

@@ -128,6 +128,7 @@ class Residents(ABC):
         self._as_loaded: dict[Any, int | None] = {}
         self.dirty: dict[Any, int] = {}  # with the bytes that the disk holds beyond their sizes
         self._shrunk = 0  # the sum of these
+        self._late: set[Any] = set()  # those that may have changed while they are written
         self._hands = Hands()
         self.eviction = Eviction(self.available)
         self._arm()
@@ -190,6 +191,7 @@ class Residents(ABC):
             return
         if self._store is not None:
             self._store.index.abandon()
+            self._store.packs.keep(())  # else those that are removed stay on disk
         # Kept: to free what is shared with the parent would copy it, page by page.
         _left_to_parent.append((self.inmem, self.eviction, self._hands, self.ledger, self._store))
         self._make_lock()

@@ -98,6 +98,7 @@ class Rows:
         else:
             self._note_capitals(files)
             self._files += files
+            self._keep_files(files)
         return range(base, len(self._files))
 
     def _retire(self, rows: Iterable[int]) -> None:
@@ -111,6 +112,12 @@ class Rows:
             else:
                 self.obsolete.append(self.entry(row))
                 self.folded.discard(file.lower())
+
+    def _keep_files(self, names: list[str]) -> None:
+        """Let no file go as obsolete whose name a value got anew, for somebody had removed it."""
+        if self.obsolete and names:
+            taken = {*names}
+            self.obsolete = [entry for entry in self.obsolete if entry.file not in taken]
 
     def _note_capitals(self, names: list[str]) -> None:
         every = "/".join(names)

@@ -191,6 +191,8 @@ class Spilling(Saving):
     # a `with`, so that an interrupt would leave the lock held.
 
     def _spill(self, key: Hashable | None) -> None:
+        if self.ledger.is_recording:
+            return  # this comes in the midst of a commit, after which there is the next operation
         if self.eviction.total > self.available:
             self._say_that_it_spills()
         if key in self.eviction and self.eviction.size(key) > self.available:

@@ -172,11 +172,14 @@ class Store(Upkeep):
         joins = self._transaction is not None
         if not joins:
             self._sweep()
+        with self.ledger.recording():  # to the end: what is collected as garbage may come here, too
+            self._record(batch, joins)
+
+    def _record(self, batch: Batch, joins: bool) -> None:
         serializer = (self.serializer.name, self.serializer.text)
         before = self.index.appended
-        with self.ledger.recording():
-            plan = self._plan(batch)
-            payloads, names = self.ledger.encode(plan.puts, serializer, first=before == 0)
+        plan = self._plan(batch)
+        payloads, names = self.ledger.encode(plan.puts, serializer, first=before == 0)
         try:
             self._note(plan.new)
             for payload in payloads:
@@ -256,6 +259,9 @@ class Store(Upkeep):
 
     def _take_back(self, written: Written, frames: int) -> None:
         """Remove what was written and is not published, down to so many frames."""
+        if not self.index.is_current():
+            self.index.rewind()
+            return  # whose are the files there?
         stuck = self.directory.remove(written.files)
         for name, place in written.packs.items():
             try:

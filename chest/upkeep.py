@@ -280,7 +280,11 @@ class Upkeep(Reading, ABC):
                 continue
             named.add(copy.file)
             if not there and is_file(source):  # else both keys have lost their value
-                shutil.copyfile(source, path)
+                try:
+                    shutil.copyfile(source, path)
+                except BaseException:
+                    self.directory.remove([copy.file])
+                    raise
             return copy
         raise AssertionError("there is always another number")
 

@@ -54,5 +54,8 @@ class ChestItems(_View, ItemsView[K, V]):
     def __iter__(self) -> Iterator[tuple[K, V]]:
         return iter(self._mapping._stream(self._mapping._in_order()))
 
+    def __contains__(self, item: object) -> bool:
+        return isinstance(item, tuple) and len(item) == 2 and super().__contains__(item)
+
     def __reversed__(self) -> Iterator[tuple[K, V]]:
         return iter(self._mapping._stream(self._mapping._in_order()[::-1]))

@@ -2448,3 +2448,37 @@ def test_the_parameters_of_0_2_3_may_be_given_by_place(path):
         c.move_to_disk("x")
         assert c["x"] == [1]
     assert (misses, left) == (["x"], ["x"])
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_chest_that_nobody_names_stays_open_while_it_is_iterated_over(path):
+    with Chest({n: [n] for n in range(5)}, path):
+        pass
+    assert dict(Chest(path=path).items()) == {n: [n] for n in range(5)}
+    assert [*zip(Chest(path=path).values(), "ab", strict=False)] == [([0], "a"), ([1], "b")]
+    assert [*reversed(Chest(path=path).values())] == [[n] for n in range(5)][::-1]
+    gc.collect()
+
+
+def test_overwrite_is_a_key_like_others_where_there_is_nothing_to_update_from(c):
+    c.update(overwrite=False, progress=None)
+    assert dict(c) == {"overwrite": False, "progress": None}
+    c.update({"overwrite": 1, "new": 1}, overwrite=False)
+    assert dict(c) == {"overwrite": False, "progress": None, "new": 1}
+    c.update({"new": 2}, overwrite=True, more=1)
+    assert dict(c) == {"overwrite": False, "progress": None, "new": 2, "more": 1}
+
+
+@pytest.mark.parametrize("item", ["a", ("a", 1, 2), 1, None, ["a", 1], ()])
+def test_what_is_no_pair_is_not_among_the_items(c, item):
+    c["a"] = 1
+    assert item not in c.items()
+    assert ("a", 1) in c.items()
+
+
+def test_a_key_that_is_too_long_to_be_shown_is_told_of_all_the_same(c):
+    key = 10**5000
+    c[key], c["sound"] = threading.Lock(), 1
+    with pytest.raises(UnsavedError, match="<int>"):
+        c.flush()
+    del c[key]

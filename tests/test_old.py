@@ -259,6 +259,27 @@ def test_keys_that_shared_a_file_get_one_each(path):
         c._check()
 
 
+@pytest.mark.parametrize("written", [0, 3])
+def test_a_copy_that_fails_leaves_nothing(path, monkeypatch, written):
+    def copy(source, target):
+        with open(target, "wb") as file:
+            file.write(b"x" * written)
+        raise OSError(28, "No space left on device")
+
+    make(path, [(1, "shared"), (2, "shared")], {"shared": ["both"]})
+    with Chest(path=path) as c:
+        c[3] = 3
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "copyfile", copy)
+            for _ in range(3):
+                with pytest.raises(UnsavedError, match="No space"):
+                    c.flush()
+        assert sorted(os.listdir(path)) == [".keys", "shared"]
+        c.flush()
+        c._check()
+        assert dict(c) == {1: ["both"], 2: ["both"], 3: 3}
+
+
 def test_a_value_that_is_gone_costs_that_value_alone(path):
     make(path, [("x", "x"), ("gone", "gone"), ("y", "y")], {"x": 1, "y": 2})
     for _ in range(2):

@@ -2418,3 +2418,90 @@ def test_two_threads_that_collect_each_others_handles_do_not_wait_for_each_other
         while not ("left" in a and "left" in b) and time.monotonic() < until:
             time.sleep(0.01)
         assert a == b == {"left": 1, "x": 1}
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_deletion_that_waits_spares_what_others_set_anew(path, compacted):
+    with Chest({"x": "old", "y": 1}, path) as a, Chest(path=path) as b:
+        a.flush()
+        del a["x"]
+        del b["x"]
+        b.flush()
+        b["x"] = "of b"
+        b.flush()
+        if compacted:
+            b.compact()
+        assert a["x"] == "of b"
+        a.write_keys()
+        a._check()
+        b._check()
+        assert b["x"] == "of b"
+    with Chest(path=path) as c:
+        assert dict(c) == {"x": "of b", "y": 1}
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize("clear", [False, True])
+def test_what_was_deleted_and_set_again_is_there_all_the_while(path, clear, compacted):
+    with Chest({"x": "old", "y": 1}, path) as a, Chest(path=path) as b:
+        a.flush()
+        if clear:
+            a.clear()
+        else:
+            del a["x"]
+        a["x"] = "of a"
+        b["x"] = "of b"
+        b.flush()
+        if compacted:
+            b.compact()
+        len(a)
+        a.write_keys()
+        assert b["x"] == "of b"
+        assert a["x"] == "of a"
+        a.flush()
+        a._check()
+        assert b["x"] == "of a"
+        b._check()
+        assert ("y" in b) is not clear
+
+
+@pytest.mark.parametrize("compacts", [False, True])
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_transaction_in_a_directory_that_was_removed_fails(path, monkeypatch, anew, compacts):
+    if compacts:
+        monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 500)
+    with Chest(path=path) as c:
+        for n in range(30):
+            c["x"] = n
+            c.flush()
+        with pytest.raises(FileNotFoundError, match="dropped"), c.transaction():
+            c["y"] = [1]
+            c.flush()
+            shutil.rmtree(path)
+            if anew:
+                with Chest({"precious": 1, "y": 2}, path):
+                    pass
+        if anew:
+            c.refresh()  # nobody tells of a new directory
+            assert dict(c) == {"precious": 1, "y": 2}
+            assert c.verify().ok
+            c._check()
+        else:
+            c._memory.drop()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="nobody tells what is open")
+def test_a_forked_child_keeps_no_pack_on_disk(path):
+    with Chest({n: f"value {n}" for n in range(100)}, path) as c:
+        c.flush()
+        c.available_memory = 0
+        assert c[5] == "value 5"
+        child = os.fork()
+        if not child:
+            links = []
+            for n in os.listdir("/proc/self/fd"):
+                with suppress(OSError):  # that of the folder itself
+                    links.append(os.readlink(f"/proc/self/fd/{n}"))
+            os._exit(sum(".pack" in link for link in links) if links else 9)
+        assert os.waitpid(child, 0)[1] == 0
+        assert c[6] == "value 6"

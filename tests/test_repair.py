@@ -760,3 +760,21 @@ def test_json_is_the_serializer_of_an_old_json_chest(path):
         assert {**c} == {"x": 1}
         assert {*c._memory.ledger.serializers} == {"json.dump"}
     assert json.loads(tree(path)["x"]) == 1
+
+
+def test_a_file_that_another_key_has_by_now_stays_where_it_is(path):
+    with Chest(path=path, key_to_filename=str) as c:
+        c[1] = "of the int"
+        c.flush()
+        del c[1]
+        c.flush()
+        end = os.path.getsize(os.path.join(path, ".keys"))
+        c["1"] = "of the str"
+        c.flush()
+        assert os.path.basename(c.key_to_filename("1")) == "1"
+    flip(path, ".keys", end - 3)  # in the frame that deleted the other one
+    for _ in range(2):
+        repair(path)
+        with Chest(path=path, key_to_filename=str) as c:
+            assert dict(c) == {"1": "of the str"}
+            assert c.verify().ok

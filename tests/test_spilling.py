@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from unittest import mock
@@ -854,3 +855,97 @@ def test_text_that_is_longer_on_disk_is_not_written_again_and_again(path):
             for n in range(N):
                 c[n] = turn * 1000
         assert commits(c) == before
+
+
+class Appending:
+    """Appends to another value when it is pickled, and goes on to the next."""
+
+    c, times = None, 1
+
+    def __reduce__(self):
+        if Appending.c is not None and Appending.times:
+            Appending.times -= 1
+            Appending.c["list"].append("late")
+            Appending.c["other"]
+        return str, ()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("by", ["pickling", "naming"])
+def test_what_a_hook_changes_of_what_is_leaving_is_kept(path, stored, by):
+    def name(key):
+        if by == "naming" and key == "hook":
+            appending.__reduce__()
+        return key
+
+    appending = Appending()
+    with Chest({"other": [0]}, path, key_to_filename=name) as c:
+        c.flush()
+        c["list"] = [1]
+        if stored:
+            c.flush()
+            c["list"].append(2)
+        c["hook"] = appending if by == "pickling" else [9]
+        c["last"] = [1]
+        Appending.c, Appending.times = c, 1
+        c.available_memory = 0
+        Appending.c = None
+        expected = [1, 2, "late"] if stored else [1, "late"]
+        assert c["list"] == expected
+        c._check()
+    with Chest(path=path, key_to_filename=name) as c:
+        assert c["list"] == expected
+
+
+def test_a_value_that_dies_as_the_next_is_looked_at_may_use_the_chest(path):
+    acts = []
+
+    class Dying(list):
+        def __reduce__(self):
+            return list, ([*self],)
+
+        def __del__(self):
+            while acts:
+                acts.pop()()
+
+    with Chest({k: [k] for k in "abcwx"}, path, available_memory=0) as c:
+        for key, value in (("a", Dying([1])), ("b", ["B"])):
+            thread = threading.Thread(target=c.__setitem__, args=(key, value))
+            thread.start()
+            thread.join()
+            del value
+        acts.append(lambda: [c[key] for key in "wx"])
+        c.flush()
+        assert (c["a"], c["b"]) == ([1], ["B"])
+        c._check()
+
+
+class Ambiguous:
+    """A key whose comparisons have no truth, as pandas.NA's."""
+
+    def __eq__(self, other):
+        raise TypeError("boolean value is ambiguous")
+
+    def __hash__(self):
+        return 5
+
+    def __reduce__(self):
+        return "AMBIGUOUS"
+
+
+AMBIGUOUS = Ambiguous()
+
+
+@pytest.mark.parametrize("key", [math.nan, AMBIGUOUS, ("t", math.nan)], ids=["nan", "NA", "tuple"])
+def test_a_key_that_equals_itself_by_identity_alone_is_one_like_others(path, key):
+    with Chest({"important": [1]}, path, available_memory=0) as c:
+        c.setdefault(key, []).append(3)
+        c["other"] = [1]
+        c[key].append(4)
+        c["other"], c["another"] = [2], [2]
+        assert (c[key], c["important"]) == ([3, 4], [1])
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert c["important"] == [1]
+        assert (c[key], len(c)) == ([3, 4], 4)

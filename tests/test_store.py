@@ -1946,3 +1946,116 @@ def test_to_commit_within_a_commit_to_the_same_directory_is_an_error_not_a_hang(
             assert causes[0].errno == errno.EDEADLK
         inner.flush()
         assert dict(inner) == {"x": 1, "y": 2}
+
+
+def set_anew(c):
+    del c["x"]
+    c["x"] = "new"
+
+
+def overwrite(c):
+    c["x"] = "new"
+
+
+def clear_and_set(c):
+    c.clear()
+    c["x"] = "new"
+
+
+def set_anew_in_a_transaction(c):
+    with c.transaction():
+        del c["x"]
+        c.flush()
+        c["x"] = "new"
+
+
+def set_anew_by_and_by(c):
+    del c["x"]
+    c.flush()
+    c["x"] = "new"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [set_anew, overwrite, clear_and_set, set_anew_in_a_transaction, set_anew_by_and_by],
+)
+@pytest.mark.parametrize("text", ["old", "new"])
+def test_what_gets_the_name_of_a_file_that_is_gone_keeps_it(path, act, text):
+    with Chest({"x": text}, path=path) as c, Chest(path=path) as other:
+        c.flush()
+        os.unlink(c.key_to_filename("x"))
+        assert len(other) == 1
+        act(c)
+        c.flush()
+        assert c.verify().ok
+        c._check()
+        other["y"] = 1
+        other.flush()
+        other._check()
+        assert other["x"] == "new"
+    with Chest(path=path) as c:
+        assert c["x"] == "new"
+
+
+@pytest.mark.parametrize("act", [
+    lambda c: c["other"], lambda c: c.__setitem__("z", [1]), lambda c: c.get("k"),
+    lambda c: len(c), lambda c: list(c.items()),
+])  # fmt: skip
+@pytest.mark.parametrize("owner", [
+    (Ledger, "committed"), (Ledger, "_replace"), (Index, "acknowledge"), (Index, "publish"),
+    (Index, "append"), (Index, "_decode"), (Index, "_size"),
+])  # fmt: skip
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_who_is_collected_as_garbage_amid_a_commit_may_use_the_chest(
+    path, monkeypatch, act, owner, when
+):
+    acts = []
+    real = getattr(*owner)
+
+    def step(self, *args, **options):
+        if when == "before" and acts:
+            acts.pop()(c)
+        result = real(self, *args, **options)
+        if when == "after" and acts:
+            acts.pop()(c)
+        return result
+
+    with Chest({"k": [1], "other": [2], "z": [0]}, path=path, available_memory=0) as c:
+        c.flush()
+        c["dirty"] = ["d"]  # in this hand
+        acts.append(act)
+        monkeypatch.setattr(*owner, step)
+        c["k"] = [3]
+        c.flush()
+        assert not acts
+        c.flush()
+        c._check()
+        expected = {"k": [3], "other": [2], "z": c["z"], "dirty": ["d"]}
+        assert dict(c) == expected
+        assert c.verify().ok
+    with Chest(path=path) as c:
+        assert dict(c) == expected
+
+
+def test_nobody_deletes_or_commits_amid_a_commit(path, monkeypatch):
+    refused = []
+    real = Ledger.committed
+
+    def committed(self, *args):
+        for act in (lambda: c.pop("other"), c.clear, c.flush, lambda: c.move_to_disk("z")):
+            try:
+                act()
+            except RuntimeError as error:
+                refused.append(error)
+        return real(self, *args)
+
+    with Chest({"k": [1], "other": [2], "z": [0]}, path=path) as c:
+        c.flush()
+        c["k"], c["z"] = [3], [4]
+        with monkeypatch.context() as patch:
+            patch.setattr(Ledger, "committed", committed)
+            c.flush()
+        assert len(refused) >= 3
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": [3], "other": [2], "z": [4]}
