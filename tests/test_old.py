@@ -12,7 +12,14 @@ from contextlib import suppress
 import pytest
 
 import chest.store
-from chest import Chest, ChestError, CorruptIndexError, CorruptValueError, ReadOnlyError
+from chest import (
+    Chest,
+    ChestError,
+    CorruptIndexError,
+    CorruptValueError,
+    ReadOnlyError,
+    UnsavedError,
+)
 from chest.directory import Directory
 from chest.frames import MAGIC
 from chest.index import Index
