@@ -342,3 +342,11 @@ def test_a_model_of_torch_comes_back_as_good_as_it_was(path):
         assert torch.equal(c["model"](rows), model(rows))
         c["model"].load_state_dict(c["state"])
         assert c["model"].weight.requires_grad
+
+
+def test_dask_takes_no_chest_for_what_it_was(path):
+    base = pytest.importorskip("dask.base")
+    with Chest({"x": 1}, path) as c:
+        before = base.tokenize(c)
+        c["x"] = 2
+        assert base.tokenize(c) != before
