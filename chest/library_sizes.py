@@ -68,6 +68,10 @@ def _cells(array: Any) -> list[Any]:
     return [cells for name in array.dtype.names for cells in _cells(array[name])]
 
 
+# Bytes that these take beside what they hold, as a process grows.
+_FRAME, _SERIES, _INDEX, _RANGE = 1200, 1000, 500, 100
+
+
 class _Columns(Sequence[Any]):
     """Those columns of a DataFrame that are more than plain numbers, each made when drawn."""
 
@@ -88,15 +92,19 @@ def _open_frame(frame: Any) -> Opened:
     numbers = [isinstance(dtype, plain) and dtype.kind != "O" for dtype in dtypes]
     width = sum(dtype.itemsize for dtype in compress(dtypes, numbers))
     columns = _Columns(frame, [i for i, number in enumerate(numbers) if not number])
-    return width * len(frame), [(list, [frame.index, frame.columns]), (_Columns, columns)]
+    return _FRAME + width * len(frame), [(list, [frame.index, frame.columns]), (_Columns, columns)]
 
 
 def _open_index(index: Any) -> Opened:
     if hasattr(index, "levels"):
-        return sum(codes.nbytes for codes in index.codes), [(list, list(index.levels))]
+        codes = sum(codes.nbytes for codes in index.codes)
+        return _INDEX + codes, [(list, list(index.levels))]
     if hasattr(index, "categories"):
-        return _open_column(index.array)
-    return index.memory_usage(), _open_column(index.array)[1] if index.dtype.kind == "O" else []
+        nbytes, parts = _open_column(index.array)
+        return _INDEX + nbytes, parts
+    own = _RANGE if hasattr(index, "step") else _INDEX
+    parts = _open_column(index.array)[1] if index.dtype.kind == "O" else []
+    return own + index.memory_usage(), parts
 
 
 def _open_column(array: Any) -> Opened:
@@ -134,7 +142,7 @@ NAMED: dict[tuple[str, str], Opener] = {
     ("numpy", "ndarray"): _open_array,
     ("numpy", "void"): _open_array,
     ("pandas", "DataFrame"): _open_frame,
-    ("pandas", "Series"): lambda value: (0, [(list, [value.index, value.array])]),
+    ("pandas", "Series"): lambda value: (_SERIES, [(list, [value.index, value.array])]),
     ("pandas", "Index"): _open_index,
     ("pandas", "ExtensionArray"): _open_column,
     ("pyarrow", "Buffer"): lambda value: (value.size, []),

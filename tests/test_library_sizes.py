@@ -2,10 +2,12 @@
 
 import array
 import ctypes
+import gc
 import mmap
 import pickle
 import random
 import sys
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -166,10 +168,30 @@ def test_frames_of_numbers():
     assert nbytes(frame()) == about(17 * n, rel=0.01)
     assert nbytes(frame()["f"]) == about(8 * n, rel=0.01)
     assert nbytes(pd.DataFrame(np.zeros((10, 5000)))) == about(400_000, rel=0.01)
-    assert nbytes(pd.DataFrame()) < 1000
+    assert nbytes(pd.DataFrame()) < 2000
     assert nbytes(pd.RangeIndex(10**9)) < 1000
     assert nbytes(pd.Index(np.arange(n))) == about(8 * n, rel=0.01)
     assert nbytes([frame()["f"], frame()["i"]]) == about(16 * n, rel=0.01)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: pd.Series(np.random.rand(10)),
+    lambda: pd.Series(np.random.rand(10), index=[*"abcdefghij"]),
+    lambda: pd.DataFrame(np.random.rand(20, 5)),
+    lambda: pd.DataFrame({"a": np.random.rand(5), "b": np.random.rand(5)}),
+    lambda: pd.Index(np.arange(10)),
+])  # fmt: skip
+def test_small_frames_and_columns_take_more_than_their_numbers(make):
+    made = [make() for _ in range(10)]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        made = [make() for _ in range(1000)]
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert nbytes(made) == about(grown, rel=0.4)
 
 
 @pytest.mark.parametrize("dtype", [object, "string[python]", "category", None])
@@ -197,7 +219,8 @@ def test_other_columns():
     whole = pd.DataFrame(values)
     assert nbytes(whole) == about(whole.memory_usage(deep=True).sum())
     for name in values:
-        assert nbytes(whole[name]) == about(whole[name].memory_usage(deep=True), rel=0.15)
+        expected = 1000 + whole[name].memory_usage(deep=True)
+        assert nbytes(whole[name]) == about(expected, rel=0.15)
 
 
 def test_multi_index():
