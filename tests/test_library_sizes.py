@@ -175,10 +175,10 @@ def test_frames_of_numbers():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: pd.Series(np.random.rand(10)),
-    lambda: pd.Series(np.random.rand(10), index=[*"abcdefghij"]),
-    lambda: pd.DataFrame(np.random.rand(20, 5)),
-    lambda: pd.DataFrame({"a": np.random.rand(5), "b": np.random.rand(5)}),
+    lambda: pd.Series(np.ones(10)),
+    lambda: pd.Series(np.ones(10), index=[*"abcdefghij"]),
+    lambda: pd.DataFrame(np.ones((20, 5))),
+    lambda: pd.DataFrame({"a": np.ones(5), "b": np.ones(5)}),
     lambda: pd.Index(np.arange(10)),
 ])  # fmt: skip
 def test_small_frames_and_columns_take_more_than_their_numbers(make):
