@@ -306,7 +306,7 @@ class Chest(Status, MutableMapping[K, V]):
             self._memory.begin("clear the chest")
             self._memory.clear()
 
-    def update(self, other: Any = _MISSING, /, overwrite: Any = _MISSING, **more: Any) -> None:
+    def update(self, other: Any = _MISSING, /, overwrite: bool = True, **more: Any) -> None:
         """Set the pairs of a mapping, an iterable of pairs or another chest, and keywords.
 
         Values of a chest with the same serializer are linked, or copied where that fails, file by
@@ -315,22 +315,18 @@ class Chest(Status, MutableMapping[K, V]):
         Parameters
         ----------
         other : mapping, iterable of pairs, or Chest
-        overwrite : bool, optional
-            With `other`: whether keys that are there already get the new value; they do.
+        overwrite : bool
+            Whether keys that are there already get the new value.
         progress : bool or callable, optional
             With `other`: True shows how far it is, with tqdm if that is installed. A callable is
             called with two numbers, of keys done and of keys in all: at the start, after each, or
             each 1,024 of a chest, and in the end. Not where `other` does not know its length.
         **more
-            Further pairs; also `progress`, if it is anything else or there is no `other`, and
-            `overwrite` if there is none.
+            Further pairs; also `progress`, if it is anything else or there is no `other`.
         """
         progress = None
-        if other is _MISSING and overwrite is not _MISSING:
-            more = {"overwrite": overwrite, **more}
         if other is not _MISSING and is_progress(more.get("progress", _MISSING)):
             progress = more.pop("progress")
-        overwrite = other is _MISSING or overwrite is _MISSING or bool(overwrite)
         with counting(progress, "update") as tally:
             if other is _MISSING:
                 pass

@@ -63,8 +63,12 @@ class Hands:
         What was in it before, and is not resident, is `owed` a look; if there are many hands, so is
         what was in those of threads that ended.
         """
-        self.empty()
-        self.held[threading.get_ident()] = (key, value)
+        me, hand = threading.get_ident(), (key, value)
+        while self.held.get(me) is not hand:
+            before = self.held.get(me)
+            self.empty()
+            self.held[me] = hand
+            before = None  # noqa: F841 -- it may die here, and take others in hand as it does
         if len(self.held) > THREADS:
             self.open_ended()
 

@@ -217,10 +217,6 @@ class Ledger(Replay):
             return [*gather(self._serials, rows)]
         return [~row if row < 0 else self._serials[row] for row in rows]
 
-    def _serial_of(self, key: Hashable) -> int:
-        row = self.rows.get(key, UNSAVED)
-        return self._serials[row] if row >= 0 else -1
-
     def committed_rows(self) -> dict[Any, int]:
         """Return the keys that are stored as of the last commit, with their rows."""
         if not self._deleted and self._cleared is None:
@@ -307,9 +303,7 @@ class Ledger(Replay):
         self.changed = changed
         old._delete_all(old._cleared or {})
         for key, row in old._deleted.items():
-            # What was set again here stays as it is there; so does what others did set again.
-            again = key in old.rows or self._serial_of(key) != old._serials[row]
-            if row >= 0 and not again:
+            if row >= 0 and key in self.rows and key not in old.rows:  # not set again here
                 self.delete(key)
         for key, row in old._unsaved():
             if key not in self.rows:

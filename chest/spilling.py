@@ -298,10 +298,12 @@ class Spilling(Saving):
         referable = {kind for kind in kinds if kind.__weakrefoffset__}
         if not referable:
             return keys
-        some = {key for key in keys if type(self.inmem[key]) in referable}
+        some = [key for key in keys if type(self.inmem[key]) in referable]
         for key in some:
-            self._let_go_of(key)
-        return [*filterfalse(some.__contains__, keys)]
+            if key in self.inmem and key not in self.dirty:  # one that died may have set others
+                self._let_go_of(key)
+        others = filterfalse({*some}.__contains__, filter(self.inmem.__contains__, keys))
+        return [*filterfalse(self.dirty.__contains__, others)]
 
     def _let_go_of(self, key: Hashable) -> None:
         value, fixed = self.inmem[key], key not in self._loose

@@ -2460,15 +2460,6 @@ def test_a_chest_that_nobody_names_stays_open_while_it_is_iterated_over(path):
     gc.collect()
 
 
-def test_overwrite_is_a_key_like_others_where_there_is_nothing_to_update_from(c):
-    c.update(overwrite=False, progress=None)
-    assert dict(c) == {"overwrite": False, "progress": None}
-    c.update({"overwrite": 1, "new": 1}, overwrite=False)
-    assert dict(c) == {"overwrite": False, "progress": None, "new": 1}
-    c.update({"new": 2}, overwrite=True, more=1)
-    assert dict(c) == {"overwrite": False, "progress": None, "new": 2, "more": 1}
-
-
 @pytest.mark.parametrize("item", ["a", ("a", 1, 2), 1, None, ["a", 1], ()])
 def test_what_is_no_pair_is_not_among_the_items(c, item):
     c["a"] = 1

@@ -985,7 +985,7 @@ class Actor:
             anew = self.log.open()
             anew.inherit(self.ledger)
             self.ledger = anew
-            self.deleted &= self.log.state.keys()
+            self.deleted = self.deleted & self.log.state.keys() - self.dirty.keys()
         else:
             for payload in self.log.payloads[self.read :]:
                 self.ledger.apply(payload)

@@ -2421,26 +2421,6 @@ def test_two_threads_that_collect_each_others_handles_do_not_wait_for_each_other
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_a_deletion_that_waits_spares_what_others_set_anew(path, compacted):
-    with Chest({"x": "old", "y": 1}, path) as a, Chest(path=path) as b:
-        a.flush()
-        del a["x"]
-        del b["x"]
-        b.flush()
-        b["x"] = "of b"
-        b.flush()
-        if compacted:
-            b.compact()
-        assert a["x"] == "of b"
-        a.write_keys()
-        a._check()
-        b._check()
-        assert b["x"] == "of b"
-    with Chest(path=path) as c:
-        assert dict(c) == {"x": "of b", "y": 1}
-
-
-@pytest.mark.parametrize("compacted", [False, True])
 @pytest.mark.parametrize("clear", [False, True])
 def test_what_was_deleted_and_set_again_is_there_all_the_while(path, clear, compacted):
     with Chest({"x": "old", "y": 1}, path) as a, Chest(path=path) as b:
