@@ -97,7 +97,8 @@ def _read_ahead(
     if not any_changeable(values):
         return values, {}
     some = [n for n, value in enumerate(values) if value is not MISSING and changeable(value)]
-    digests = memory.digests_as_loaded([values[n] for n in some], [rows[n] for n in some])
+    found, its = [values[n] for n in some], [rows[n] for n in some]
+    digests = memory.digests_as_loaded(ledger, found, its)
     return values, {keys[n]: (rows[n], d) for n, d in zip(some, digests, strict=True)}
 
 

@@ -12,6 +12,7 @@ from chest.aliases import UNSAVED
 from chest.blocks import Steps, block
 from chest.columns import Entry, gather
 from chest.errors import ChestClosedError, ReadOnlyError
+from chest.ledger import Ledger
 from chest.residents import MISSING, Residents
 from chest.serialize import SMALL, UndumpableError, changeable, digest_bytes
 from chest.store import Store
@@ -209,6 +210,7 @@ class Changes(Residents):
         clean = [*filterfalse(self.dirty.__contains__, keys)]
         for start in range(0, len(clean), COMPARED):
             some = clean[start : start + COMPARED]
+            some = [k for k in some if k in self.inmem and k not in self.dirty]  # still
             for key in self._suspects(some) if self.serializer.direct else some:
                 self._must_write(key)
 
@@ -219,6 +221,11 @@ class Changes(Residents):
         if changed:
             self._revive(key, value)
         return changed
+
+    def _changed_again(self, key: Hashable) -> bool:
+        """Tell whether a value that was just written is another by now."""
+        self._as_loaded.pop(key, None)
+        return key in self.inmem and self._differs(key, self.inmem[key], self.ledger.digest(key))
 
     def _suspects(self, keys: list[Any]) -> list[Any]:
         """Return those of `keys` that have to be looked at one by one: no others have changed.
@@ -232,7 +239,7 @@ class Changes(Residents):
                 expected = [*map(self._as_loaded.get, small, expected)]
             streams: Any = self.serializer.dumps_all(gather(self.inmem, small))
             changed = [*compress(small, map(operator.ne, expected, map(digest_bytes, streams)))]
-        except (KeyError, TypeError):  # what is pickled deletes others, or cannot be
+        except (LookupError, TypeError):  # what is pickled deletes others, or cannot be
             return keys
         if small is keys:
             return changed
@@ -245,6 +252,7 @@ class Changes(Residents):
         be read-only since.
         """
         fixed = key not in self._loose if key in self.inmem else self._hands.is_fixed(key)
+        fixed = fixed and not changeable(value)  # by now; an array may have been either
         if fixed or self.readonly or not self.options.writeback:
             return False
         row = self.ledger.rows.get(key, UNSAVED)
@@ -280,10 +288,12 @@ class Changes(Residents):
             return None
         return entry.digest if digest is None else digest
 
-    def digests_as_loaded(self, values: list[Any], rows: list[int]) -> list[int | None]:
+    def digests_as_loaded(
+        self, ledger: Ledger, values: list[Any], rows: list[int]
+    ) -> list[int | None]:
         """Do that for small values of certain rows, in few steps."""
         if self.readonly or not self.options.writeback:
-            return [self.ledger.entry(row).digest for row in rows]
+            return [ledger.entry(row).digest for row in rows]
         streams = self.serializer.dumps_all(values)
         return [digest_bytes(some) if isinstance(some, bytes) else None for some in streams]
 

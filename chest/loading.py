@@ -217,7 +217,7 @@ class Loading(Changes):
                             self._note_as_loaded(key, digest)
                         self._keep_loose(key, value)
                         self.eviction.enroll(key, size, READ_ONCE)
-                        self._hands.hold(key, value)
+                        self._take_in_hand(key, value)
                         self._settle_owed()
                     taken = True
                 else:
@@ -338,13 +338,24 @@ class Loading(Changes):
             self._enter(key, value, size, uses)
         else:
             hands.leave(key, value, soon=True, fixed=not loose)
-        if loose or not fits:  # what was in hand may die, and use the chest as it does
-            hands.hold(key, value)
+        if loose or not fits:
+            self._take_in_hand(key, value, fixed=not loose)
         else:
             hands.empty()
         # Only now: both may commit, and then find that another handle replaced or deleted the key.
         self._settle_owed()
         self._make_room()
+
+    def _take_in_hand(self, key: Hashable, value: Any, *, fixed: bool = False) -> None:
+        """Put a stored value in hand; what was there before may die, and use the chest as it does.
+
+        That may have this one leave memory, which is in no hand as yet.
+        """
+        ledger, row = self.ledger, self.ledger.rows.get(key)
+        self._hands.hold(key, value)
+        same = self.ledger is ledger and row is not None and ledger.rows.get(key) == row
+        if same and key not in self.inmem and not self._hands.knows(key):
+            self._hands.leave(key, value, fixed=fixed)
 
     def read(self, key: Hashable, entry: Entry, file: Any = None) -> tuple[Any, bool]:
         """Load a value, as `Reading.read` does, and count it."""

@@ -169,12 +169,15 @@ class Residents(ABC):
         self._as_loaded = {key: d for key, d in self._as_loaded.items() if key in rows}
         self._hands.mend(rows, self.inmem)
         self._loads.mend()
+        loose = self._loose
         self._touched, self._fixed, self._fresh, self._loose = {}, {}, {}, {}
         self.eviction = Eviction(self.available)
         self._arm()
         for key, value in self.inmem.items():
             size = self.measure(value)
             self._enter(key, value, size, 1)
+            if key in loose:  # what it could do when it came counts
+                self._keep_loose(key, value)
             if key in self.dirty:
                 self.dirty[key] = self._surplus(key, size)
         self._shrunk = sum(self.dirty.values())

@@ -6,7 +6,7 @@ import logging
 import operator
 from collections import deque
 from collections.abc import Collection, Hashable, Iterable
-from itertools import filterfalse, repeat
+from itertools import repeat
 from time import perf_counter
 from typing import Any
 
@@ -216,8 +216,9 @@ class Saving(Loading):
             if not all(map(operator.is_, map(self.inmem.get, saved), gather(values, saved))):
                 saved = [key for key in saved if self.inmem.get(key) is values[key]]
             if self._late:
-                late, self._late = self._late, self._late.difference(saved)
-                saved = [*filterfalse(late.__contains__, saved)]
+                late = self._late.intersection(saved)
+                self._late -= late
+                saved = [key for key in saved if key not in late or not self._changed_again(key)]
             if self._as_loaded:
                 deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
             self._shrunk -= sum(map(self.dirty.pop, saved))

@@ -26,6 +26,7 @@ logger = logging.getLogger("chest")
 SLACK = 16  # one part in so many of the budget is made free at a time
 OUTDATED = 32 << 20  # bytes on disk that may wait for a commit that frees them
 MUCH = 128 << 20  # bytes that do not wait for the next operation where nobody was given a value
+TRIES = 3  # in a row, in which nothing left
 WRITE_STEP = 1 << 20  # bytes written at a time beyond what must be, so that no set stalls
 
 
@@ -114,6 +115,8 @@ class Spilling(Saving):
             self._note(key)
             self.dirty[key] = 0
             uses: float = 1
+            if key in self.inmem:  # another handle deleted it, and that is taken in just now
+                self._discard(key)
         else:
             if type(key) is not str:
                 self._check_key(key)
@@ -197,11 +200,14 @@ class Spilling(Saving):
             self._say_that_it_spills()
         if key in self.eviction and self.eviction.size(key) > self.available:
             self._report(self._evict([key]))
-        while self.eviction.total > self.available:
-            keys = self._choose()
+        tries = 0
+        while self.eviction.total > self.available and tries < TRIES:
+            keys, before = self._choose(), self.eviction.total
             if not keys:
                 return
             self._report(self._evict(keys))
+            # What its own pickling changes is still to be written: the next operation goes on.
+            tries = 0 if self.eviction.total < before else tries + 1
 
     def _choose(self) -> list[Any]:
         """Return the keys that should leave next, for some slack more than must be."""

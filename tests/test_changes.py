@@ -144,3 +144,34 @@ def test_a_transaction_that_fails_takes_back_what_was_made_read_only(path):
             raise ZeroDivisionError
         assert c["k"][0] == 0
         c._check()
+
+
+class Interrupting:
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+def test_nor_does_an_interrupt_make_it_forgotten(path):
+    with Chest({"k": np.zeros(3)}, path=path) as c:
+        c.flush()
+        c["k"][1] = 5
+        c["k"].flags.writeable = False
+        c["i"] = Interrupting()
+        with pytest.raises(KeyboardInterrupt):
+            c.move_to_disk("i")
+        del c["i"]
+        c._check()
+    with Chest(path=path) as c:
+        assert c["k"][1] == 5
+
+
+def test_an_array_that_is_made_writable_where_it_left_is_saved(path):
+    array = np.zeros(3)
+    array.flags.writeable = False
+    with Chest({"k": array}, path=path) as c:
+        c.move_to_disk("k")
+        array.flags.writeable = True
+        array[1] = 5
+        c.flush()
+    with Chest(path=path) as c:
+        assert c["k"][1] == 5

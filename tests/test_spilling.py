@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -949,3 +950,151 @@ def test_a_key_that_equals_itself_by_identity_alone_is_one_like_others(path, key
     with Chest(path=path) as c:
         assert c["important"] == [1]
         assert (c[key], len(c)) == ([3, 4], 4)
+
+
+class Acting:
+    """A value that does something when it dies, or is pickled, once it is told to."""
+
+    def __init__(self, n=0, dies=None, dumps=None, loads=None):
+        self.n, self.dies, self.dumps, self.loads = n, dies, dumps, loads
+
+    def __getstate__(self):
+        if self.dumps:
+            act, self.dumps = self.dumps, None
+            act()
+        return {"n": self.n, "dies": None, "dumps": None, "loads": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if Acting.loading:
+            Acting.loading.pop()()
+
+    def __del__(self):
+        if self.dies:
+            self.dies()
+
+    loading = []
+
+
+@pytest.mark.parametrize("how", ["set", "delete and set", "delete"])
+@pytest.mark.parametrize("at", [0, 5, 19])
+def test_what_a_value_sets_as_it_leaves_does_not_leave_unwritten(path, at, how):
+    def act():
+        for n in range(20):
+            if n != at:
+                if how != "set":
+                    del c[n]
+                if how != "delete":
+                    c[n] = Acting(n + 100)
+
+    values = {n: Acting(n) for n in range(20)}
+    with Chest(values, path, nbytes=lambda _: 300, available_memory=10_000) as c:
+        c["last"] = 0
+        c.flush()
+        values = {at: values[at]}
+        values[at].dies = act
+        dying = [values.pop(at)]
+        values[at] = SimpleNamespace()
+        dying.clear()
+        while c.evict() != -1:
+            pass
+        assert {n: c[n].n for n in c if n not in (at, "last")} == (
+            {} if how == "delete" else {n: n + 100 for n in range(20) if n != at}
+        )
+        c._check()
+    with Chest(path=path) as c:
+        assert len(c) == (2 if how == "delete" else 21)
+
+
+def test_what_is_read_is_in_hand_though_what_was_there_dies(path):
+    def act():
+        for n in range(300):
+            c[f"more {n}"] = ["y"]
+
+    with Chest(path=path, nbytes=lambda _: 1000, available_memory=10_000) as c:
+        c["k"] = [1]
+        c.move_to_disk("k")
+        c["d"] = Acting(dies=act)
+        del c["d"]
+        c["k"].append(3)
+        c["z"] = [0]
+        assert "more 299" in c
+        assert c["k"] == [1, 3]
+        c._check()
+
+
+def test_what_its_own_pickling_gets_leaves_all_the_same(path):
+    class Getting:
+        def __reduce__(self):
+            c["k"], c["z"]
+            return list, ([1],)
+
+    sizes = {Getting: 2000}
+    with Chest(path=path, available_memory=3000, nbytes=lambda v: sizes.get(type(v), 10)) as c:
+        c["z"] = [1]
+        c["k"] = Getting()
+        c["other"] = [2]
+        c.available_memory = 1000
+        assert c.memory_usage <= 1000
+        assert c["k"] == [1]
+        c._check()
+
+
+def test_a_key_that_is_set_as_its_deletion_is_taken_in_counts_once(path):
+    with Chest(path=path, nbytes=lambda _: 300) as c, Chest(path=path) as other:
+        hook = c["a"] = Acting()
+        c["k"] = [1]
+        c.flush()
+        hook.dumps = lambda: c.__setitem__("k", [2])
+        del other["k"]
+        other["a"] = 5
+        other.flush()
+        len(c)
+        assert c["k"] == [2]
+        c._check()
+        c.clear()
+        assert c.memory_usage == 0
+
+
+@pytest.mark.parametrize("options", [{"readonly": True}, {"writeback": False}])
+def test_values_are_read_ahead_while_another_handle_compacts(path, options):
+    def act():
+        for n in range(5, 200):
+            del c[n]
+        c.flush()
+        c.compact()
+        len(d)
+
+    with Chest(path=path) as c:
+        for turn in range(5):
+            c.update((n, Acting(turn)) for n in range(300))
+            c.flush()
+        with Chest(path=path, **options) as d:
+            Acting.loading.append(act)
+            found = {key: value.n for key, value in d.items()}
+            Acting.loading.clear()
+            assert {n for n in range(300) if n < 5 or n >= 200} <= found.keys()
+            assert {*found.values()} == {4}
+
+
+@pytest.mark.parametrize("how", ["evict", "flush"])
+def test_a_value_that_is_set_anew_while_many_are_compared_is_saved(path, how):
+    def act():
+        del c[500]
+        c[500] = [-1]
+
+    with Chest(path=path, nbytes=lambda _: 100, available_memory=1e6) as c:
+        hook = c["hook"] = Acting()
+        c.update((n, [n]) for n in range(600))
+        c["last"] = 0
+        c.flush()
+        hook.dumps = act
+        if how == "flush":
+            c.flush()
+        else:
+            c.available_memory = 0
+        assert hook.dumps is None
+        assert c[500] == [-1]
+        c._check()
+    with Chest(path=path) as c:
+        assert (c[500], len(c)) == ([-1], 602)
