@@ -197,11 +197,11 @@ class Head:
             return False
 
     def is_current(self) -> bool:
-        """Tell whether the path leads to this file."""
+        """Tell whether the path leads to this file, as far as the system tells."""
         try:
             return self._is_current()
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            return not isinstance(error, FileNotFoundError)
 
     def _is_current(self) -> bool:
         try:

@@ -326,7 +326,7 @@ class Index(Head):
 
     def demand_current(self) -> None:
         """Raise FileNotFoundError if somebody removed the file, though it is locked."""
-        if not self._is_current():
+        if not self.is_current():
             raise FileNotFoundError(errno.ENOENT, DROPPED, self.path)
 
     def leave(self) -> None:
