@@ -239,7 +239,7 @@ class Changes(Residents):
                 expected = [*map(self._as_loaded.get, small, expected)]
             streams: Any = self.serializer.dumps_all(gather(self.inmem, small))
             changed = [*compress(small, map(operator.ne, expected, map(digest_bytes, streams)))]
-        except (LookupError, TypeError):  # what is pickled deletes others, or cannot be
+        except (KeyError, TypeError):  # what is pickled deletes others, or cannot be
             return keys
         if small is keys:
             return changed

@@ -68,7 +68,7 @@ class Hands:
             before = self.held.get(me)
             self.empty()
             self.held[me] = hand
-            before = None  # noqa: F841 -- it may die here, and take others in hand as it does
+            del before  # which may die here, and take others in hand as it does
         if len(self.held) > THREADS:
             self.open_ended()
 

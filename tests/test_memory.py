@@ -2368,6 +2368,12 @@ def delete_and_read_what_left(c):
     c.get("z")
 
 
+def delete(c):
+    c.get("z")
+    with suppress(KeyError):  # it may have done so as it left the hand
+        del c["k"]
+
+
 def clear(c):
     c.clear()
 
@@ -2419,7 +2425,7 @@ LAST_ACTS = {
 @pytest.mark.parametrize(
     "step",
     [
-        replace, replace_in_hand, delete_and_read, delete_and_read_what_left, clear, fail,
+        replace, replace_in_hand, delete, delete_and_read, delete_and_read_what_left, clear, fail,
         fail_with_it, take_over,
     ],
 )  # fmt: skip

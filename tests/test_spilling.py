@@ -20,6 +20,7 @@ import chest.spilling
 import chest.upkeep
 from chest import Chest, UnsavedError
 from chest.directory import Directory
+from chest.hands import Hands
 from chest.ledger import Ledger
 from chest.memory import Memory
 from chest.store import Store
@@ -1046,8 +1047,10 @@ def test_a_key_that_is_set_as_its_deletion_is_taken_in_counts_once(path):
         c["k"] = [1]
         c.flush()
         hook.dumps = lambda: c.__setitem__("k", [2])
-        del other["k"]
+        c["z"] = [0]
         other["a"] = 5
+        other.flush()
+        del other["k"]
         other.flush()
         len(c)
         assert c["k"] == [2]
@@ -1098,3 +1101,15 @@ def test_a_value_that_is_set_anew_while_many_are_compared_is_saved(path, how):
         c._check()
     with Chest(path=path) as c:
         assert (c[500], len(c)) == ([-1], 602)
+
+
+def test_an_interrupt_keeps_nothing_in_memory_that_left(path):
+    with Chest({n: [n] for n in range(20)}, path) as c:
+        c["last"] = 0
+        c.flush()
+        with interrupt_in(Hands, "leave_all"):
+            c.available_memory = 0
+        assert len(c) == 21
+        assert not c._memory._hands.left
+        assert c[5] == [5]
+        c._check()

@@ -2059,3 +2059,28 @@ def test_nobody_deletes_or_commits_amid_a_commit(path, monkeypatch):
         c._check()
     with Chest(path=path) as c:
         assert dict(c) == {"k": [3], "other": [2], "z": [4]}
+
+
+@pytest.mark.parametrize("step", ["_decode", "_size", "_read"])
+def test_news_are_taken_in_once_though_they_are_asked_for_meanwhile(path, monkeypatch, step):
+    acts = []
+    real = getattr(Index, step)
+
+    def asking(self, *args):
+        if acts:
+            acts.pop()(c)
+        return real(self, *args)
+
+    with Chest({n: f"value {n}" for n in range(100)}, path) as c, Chest(path=path) as other:
+        c.flush()
+        for turn in range(3):
+            other.update((n, f"turn {turn} {n}") for n in range(20, 90))
+            other.flush()
+        monkeypatch.setattr(Index, step, asking)
+        acts.append(len)
+        assert c[50] == "turn 2 50"
+        assert not acts
+        assert dict(c) == dict(other)
+        rows = len(c._memory.ledger._files)
+        assert rows == 100 + 3 * 70
+        c._check()
