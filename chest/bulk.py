@@ -49,7 +49,9 @@ def stream(memory: Memory, keys: Iterable[Any], _chest: object) -> Iterator[tupl
         values, loose = _read_ahead(memory, ledger, window)
         size = min(2 * size, WINDOW)
         todo = iter(window)
-        for key, value in zip(todo, values, strict=False):
+        values.reverse()
+        for key in todo:
+            value = values.pop()  # nobody has it but who is handed it
             # Without a commit it is neither deleted, nor set, nor is there a transaction.
             same = memory.ledger is ledger and memory.head[1] == memory.seen == seen
             ahead = same and value is not MISSING and key in ledger.rows and key not in memory.inmem

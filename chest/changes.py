@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import compress, filterfalse
 from typing import Any
 
@@ -12,11 +12,13 @@ from chest.aliases import UNSAVED
 from chest.blocks import Steps, block
 from chest.columns import Entry, gather
 from chest.errors import ChestClosedError, ReadOnlyError
+from chest.hands import Hands
 from chest.ledger import Ledger
 from chest.residents import MISSING, Residents
 from chest.serialize import SMALL, UndumpableError, changeable, digest_bytes
 from chest.store import Store
 
+SLACK = 16  # one part in so many of the budget is made free at a time, or may be lent
 COMPARED = 256  # small values dumped at a time to be compared
 
 
@@ -70,18 +72,18 @@ class Changes(Residents):
         for key in [*changed]:
             if not (key in self._loose or key in self.dirty or self._hands.knows(key)):
                 self._forget(key)  # before hits are let through again
-                del changed[key]
+                changed.pop(key, None)  # what dies there may come here first
         self._look(self.store)
         while changed := self.ledger.changed:
             for key in [*changed]:
                 # Else what pickled another one came here, too.
                 if key in changed and changed is self.ledger.changed:
-                    self._absorb_one(key, changed[key])
+                    self._absorb_one(key)
                     changed.pop(key, None)
 
-    def _absorb_one(self, key: Hashable, digest: int) -> None:
+    def _absorb_one(self, key: Hashable) -> None:
         value = self.in_memory(key)
-        keep = key in self.dirty or (value is not MISSING and self._differs(key, value, digest))
+        keep = key in self.dirty or (value is not MISSING and self._differs(key, value))
         if self.in_memory(key) is not value:
             return  # what pickled it replaced it
         if keep and key not in self.ledger.rows:
@@ -105,9 +107,9 @@ class Changes(Residents):
             self.catch_up()
         if self._loads.unreleased:
             self._loads.release_what_is_left()
-        if self._hands.owed:
+        if self._hands.kept and self._hands.is_time(self.available / SLACK):
             with self:
-                self._settle_owed()
+                self._look_at_lent()
         if self.readonly and action is not None:
             raise ReadOnlyError(str(self.path), action)
 
@@ -145,45 +147,60 @@ class Changes(Residents):
     def _hold(self, key: Hashable, value: Any) -> None:
         """Put a value in this thread's hand, and look at what was in it."""
         self._note(key)
-        self._hands.hold(key, value)
-        self._settle_owed()
+        self._settle(self._hands.hold(key, value))
 
     def _note(self, key: Hashable) -> None:
         """Take note that a transaction may change a value."""
         if self.in_transaction:
             self._inside.add(key)
 
-    def _settle_owed(self) -> None:
-        """Make those values resident and dirty that changed while they were in hand."""
+    def _look_at_lent(self, *, every: bool = False) -> None:
+        """Settle what nobody has any more, of some of the values that are lent or of `every`."""
         hands = self._hands
-        # Each stays owed until that is done, so that no interrupt loses it. What is pickled for it
-        # may come here, too, and leaves the rest to whom it interrupts.
-        while hands.owed and not hands.settling:
-            hands.settling = True  # first: the value before may die here, and come here in turn
-            try:
-                key, value = hands.owed[0]
-                changed = hands.is_gone(key, value) and self._settle(key, value)
-                hands.owed.popleft()
-            finally:
-                hands.settling = False
-            if changed:
-                self._make_room(key)
+        if not hands.settling:
+            back, refused = hands.due(self.available / SLACK, every=every)
+            self._settle(back)
+            self._settle(refused, Hands.refuse)
 
-    def _settle(self, key: Hashable, value: Any) -> bool:
-        """Make a value resident and dirty if it changed, else let go of it; return which."""
-        with self._hands.pinned():  # hooks may take other values in hand
-            try:
-                row = self.ledger.rows.get(key, UNSAVED)
-                if key in self.dirty:  # and resident: a hook had it since it was dumped to leave
-                    self._late.add(key)
-                elif row >= 0 and self._differs(key, value, self.ledger.digest(key)):
-                    self._revive(key, value)
-                    return True
-            except Exception:
-                self._revive(key, value)  # nobody knows
-                raise
-            self._hands.settled(key, value)
+    def _settle(self, keys: list[Any], let_go: Callable[[Hands, Any], None] = Hands.let_go) -> None:
+        """Make values that changed while they were lent resident and dirty, let go of the others.
+
+        What is pickled for it may come here, too, and leaves that to whom it interrupts.
+        """
+        hands = self._hands
+        if hands.settling or not keys:
+            return
+        hands.settling = True
+        changed = list[Any]()
+        try:
+            with hands.pinned():
+                keys = [*filterfalse(self.ledger.changed.__contains__, keys)]  # that comes next
+                small = hands.kept_small(keys)
+                changed, others = self._compare(small, keys)
+                for key in changed:
+                    self._revive(key, small[key])
+                del small  # else nothing is let go of
+                changed += [*filter(self._has_changed, others)]
+                for key in filterfalse({*changed}.__contains__, keys):
+                    let_go(self._hands, key)
+        finally:
+            hands.settling = False
+        for key in changed:
+            self._make_room(key)
+
+    def _has_changed(self, key: Hashable) -> bool:
+        """Make a value resident and dirty if it changed while it was not; return whether it did."""
+        value, row = self._hands.get(key, MISSING), self.ledger.rows.get(key, UNSAVED)
+        if value is MISSING or row < 0:
             return False
+        try:
+            changed = self._differs(key, value)
+        except Exception:
+            self._revive(key, value)  # nobody knows
+            raise
+        if changed:
+            self._revive(key, value)
+        return changed
 
     def _revive(self, key: Hashable, value: Any) -> None:
         """Make a value that changed in place resident and dirty, if its key is still there."""
@@ -200,7 +217,7 @@ class Changes(Residents):
             return
         self._find_changed([*self._loose])
         for key, value in self._hands.alive():
-            if self._hands.get(key) is value and self._differs(key, value, self.ledger.digest(key)):
+            if self._hands.get(key) is value and self._differs(key, value):
                 self._revive(key, value)
 
     def _find_changed(self, keys: list[Any]) -> None:
@@ -211,42 +228,41 @@ class Changes(Residents):
         for start in range(0, len(clean), COMPARED):
             some = clean[start : start + COMPARED]
             some = [k for k in some if k in self.inmem and k not in self.dirty]  # still
-            for key in self._suspects(some) if self.serializer.direct else some:
+            names = self.eviction.small(some)
+            small = dict(zip(names, gather(self.inmem, names), strict=True))
+            changed, others = self._compare(small, some)
+            for key in changed:
+                if self.inmem.get(key, MISSING) is small[key]:  # what was pickled may set others
+                    self.dirty.setdefault(key, 0)
+            for key in others:
                 self._must_write(key)
 
-    def _was_frozen(self, key: Hashable, value: Any) -> bool:
-        """Make a value resident and dirty that changed before it became read-only."""
-        row = self.ledger.rows.get(key, UNSAVED)
-        changed = row >= 0 and self._differs(key, value, self.ledger.digest(key))
-        if changed:
-            self._revive(key, value)
-        return changed
+    def _compare(self, small: dict[Any, Any], keys: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Pickle the `small` ones of clean values, and compare them, in few steps.
 
-    def _changed_again(self, key: Hashable) -> bool:
-        """Tell whether a value that was just written is another by now."""
-        self._as_loaded.pop(key, None)
-        return key in self.inmem and self._differs(key, self.inmem[key], self.ledger.digest(key))
-
-    def _suspects(self, keys: list[Any]) -> list[Any]:
-        """Return those of `keys` that have to be looked at one by one: no others have changed.
-
-        Small values are pickled and compared in few steps.
+        Returns
+        -------
+        changed : list
+            The keys of those that changed in place.
+        others : list
+            Those of `keys` that have to be looked at one by one.
         """
+        if not self.serializer.direct or self.ledger.changed:
+            return [], keys
         try:
-            small = self.eviction.small(keys)
-            expected: Iterable[Any] = self.ledger.digests(small)
+            expected: Iterable[Any] = self.ledger.digests([*small])
             if self._as_loaded:
                 expected = [*map(self._as_loaded.get, small, expected)]
-            streams: Any = self.serializer.dumps_all(gather(self.inmem, small))
+            streams: Any = self.serializer.dumps_all([*small.values()])
             changed = [*compress(small, map(operator.ne, expected, map(digest_bytes, streams)))]
         except (KeyError, TypeError):  # what is pickled deletes others, or cannot be
-            return keys
-        if small is keys:
-            return changed
-        return [*changed, *filterfalse({*small}.__contains__, keys)]
+            return [], keys
+        if len(small) == len(keys):
+            return changed, []
+        return changed, [*filterfalse(small.__contains__, keys)]
 
-    def _differs(self, key: Hashable, value: Any, digest: int) -> bool:
-        """Tell whether a clean value is not what was stored with `digest`.
+    def _differs(self, key: Hashable, value: Any) -> bool:
+        """Tell whether a clean value is not what was stored when it came.
 
         What it could do when it came counts, not what it is by now: an array that was changed may
         be read-only since.
@@ -255,7 +271,8 @@ class Changes(Residents):
         fixed = fixed and not changeable(value)  # by now; an array may have been either
         if fixed or self.readonly or not self.options.writeback:
             return False
-        row = self.ledger.rows.get(key, UNSAVED)
+        row, replaced = self.ledger.rows.get(key, UNSAVED), self.ledger.changed
+        digest = replaced[key] if key in replaced else self.ledger.digest(key)
         stored = self.ledger.length(row) if row >= 0 else SMALL
         size = self.eviction.size(key) if key in self.eviction else stored
         expected = self._as_loaded.get(key, digest)
@@ -300,16 +317,16 @@ class Changes(Residents):
     def _note_as_loaded(self, key: Hashable, digest: int | None) -> None:
         """Note the digest of a value that is about to be in memory; forget those of the gone."""
         known = self._as_loaded
-        if len(known) > 2 * (len(self.inmem) + len(self._hands.left)) + COMPARED:
+        if len(known) > 2 * (len(self.inmem) + len(self._hands.kept)) + COMPARED:
             here = self.inmem
             self._as_loaded = {k: d for k, d in known.items() if k in here or self._hands.knows(k)}
         self._as_loaded[key] = digest
 
     def _must_write(self, key: Hashable) -> bool:
-        if key in self.dirty or key not in self.inmem:
+        if key in self.dirty or key not in self.inmem or key not in self.ledger.rows:
             return key in self.dirty
         value = self.inmem[key]
-        changed = self._differs(key, value, self.ledger.digest(key))
+        changed = self._differs(key, value)
         if changed and self.inmem.get(key, MISSING) is value:
             self.dirty.setdefault(key, 0)
         return changed

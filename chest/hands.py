@@ -1,25 +1,46 @@
-"""Values that are not resident and still alive: in somebody's hand, or referred to elsewhere.
+"""Values that are not resident and still alive, because somebody has them.
 
-What a thread set or was handed last is in its *hand* until it sets or is handed another value, so
-that ``c.setdefault('k', []).append(3)`` counts although the list leaves memory before it is
-appended to. Other values that left memory are remembered by weak references, where their type
-allows it. Either kind comes back as the same object, and may have changed meanwhile.
+A value that somebody refers to as it leaves memory is *lent*: it is kept here until nobody has it
+any more, and then is compared with what the disk holds. So ``c['a'].extend(c['b'])`` counts, also
+where the two do not fit in memory together.
+
+What a thread set or was handed last is in its *hand* until it sets or is handed another value. So
+``c['a']['b'].append(3)`` counts although nobody refers to the value of ``'a'`` any more.
+
+References are counted, as CPython does: a value is lent where it has more of them than are held
+here. What contains itself has such references from within. It is not kept, nor is the oldest where
+much is; those that can be are remembered by weak references. All of them come back as the same
+object, and may have changed meanwhile.
 """
 
 from __future__ import annotations
 
+import gc
+import operator
 import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from itertools import repeat
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import compress, islice, repeat
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 from chest.blocks import Steps, block
+from chest.columns import gather
+from chest.eviction import LARGE
 
 THREADS = 32  # with a value in hand, before those that ended are looked for
 REFERENCES = 1000  # kept before dead ones are looked for
+PATIENCE = 16  # operations between two looks at what is lent
+LOOKS = 32  # values, an operation
+FEW = 8  # values are kept whatever their size
+PARTS = 1000  # of a value, among which it is looked for
+
+_ALONE = next(map(sys.getrefcount, [object()]))  # what is counted of a value in one list
+_NOT_PARTS = (type, ModuleType, FunctionType, BuiltinFunctionType)
+
+_value = operator.itemgetter(1)
 
 
 class _FixedReference(weakref.ref[Any]):
@@ -28,20 +49,17 @@ class _FixedReference(weakref.ref[Any]):
     __slots__ = ()
 
 
-class _Fixed:
-    """Keeps a value that could not change when it left."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __call__(self) -> Any:
-        return self._value
-
-
 class Hands:
-    """The values in hand, by thread, and those that left memory, by key.
+    """The values in hand, by thread, and those that are lent, by key.
+
+    Attributes
+    ----------
+    kept : dict
+        The values that are lent, each with its size in bytes; the oldest first.
+    nbytes : int
+        The sum of their sizes.
+    settling : bool
+        True while those that came back are looked at.
 
     Notes
     -----
@@ -50,181 +68,247 @@ class Hands:
 
     def __init__(self) -> None:
         self.held: dict[int, tuple[Any, Any]] = {}
-        self.left: dict[Any, Callable[[], Any]] = {}
-        self._pinned: dict[object, tuple[Any, Any]] = {}
-        self._passing: dict[int, tuple[Any, Any]] = {}  # by thread, on the way out of its hand
-        self.owed: deque[tuple[Any, Any]] = deque()  # let go of, not looked at yet
-        self.settling = False  # while the first of them is looked at
+        self.kept: dict[Any, tuple[int, Any]] = {}
+        self.nbytes = 0
+        self.settling = False
+        self._times: dict[int, int] = {}  # by identity: under how many keys a value is kept
+        self._new: list[Any] = []  # the keys of those that were not looked at yet
+        self._round = iter(list[Any]())
+        self._left: dict[Any, weakref.ref[Any]] = {}
         self._limit = REFERENCES
+        self._patience = 0
+        self._watches = 0
+        self._dropped: deque[tuple[Any, Any]] = deque()  # by hands, while somebody watches
 
-    def hold(self, key: Hashable, value: Any) -> None:
-        """Put a value in the hand of this thread.
+    # -- hands -------------------------------------------------------------------------------------
 
-        What was in it before, and is not resident, is `owed` a look; if there are many hands, so is
-        what was in those of threads that ended.
+    def hold(self, key: Hashable, value: Any) -> list[Any]:
+        """Put a value in the hand of this thread; if there are many, empty those of ended ones.
+
+        Return the key of what was there before, if that is kept, and nobody else has it.
         """
+        before = self.held.get(threading.get_ident(), ())[:1]
+        self.swap(key, value)
+        if len(self.held) > THREADS:
+            self.open_ended()
+        return self.alone(before) if self.kept else []
+
+    def swap(self, key: Hashable, value: Any) -> None:
+        """Put a value in the hand of this thread, without the lock."""
         me, hand = threading.get_ident(), (key, value)
         while self.held.get(me) is not hand:
             before = self.held.get(me)
-            self.empty()
             self.held[me] = hand
+            if self._watches and before is not None:
+                self._dropped.append(before)
             del before  # which may die here, and take others in hand as it does
-        if len(self.held) > THREADS:
-            self.open_ended()
 
-    def empty(self) -> None:
-        """Empty the hand of this thread, as `hold` does."""
-        self._open(threading.get_ident())
+    def empty(self) -> list[Any]:
+        """Empty the hand of this thread; return what `hold` does."""
+        me = threading.get_ident()
+        before = self.held.get(me, ())[:1]
+        self._open(me)
+        return self.alone(before) if self.kept else []
 
     def open_ended(self) -> None:
-        """Empty the hands of threads that ended, as `hold` does."""
+        """Empty the hands of threads that ended."""
         for ident in self.held.keys() - sys._current_frames().keys():
             self._open(ident)
 
     def _open(self, ident: int) -> None:
-        hand = self.held.get(ident)
-        if hand is None:
-            return
-        if hand[0] in self.left:
-            self.owed.append(hand)
-        self.held.pop(ident, None)  # last: at an interrupt it is in one place or the other
-
-    def swap(self, key: Hashable, value: Any) -> None:
-        """Put a resident value in the hand of this thread, without the lock.
-
-        What was in the hand before, and is not resident, is `owed` a look.
-        """
-        me = threading.get_ident()
-        hand = self.held.get(me)
-        if hand is None:
-            self.held[me] = (key, value)
-            return
-        self._passing[me] = hand  # so that it is held at any moment until it is owed
-        self.held[me] = (key, value)
-        is_owed = hand[0] in self.left  # only now: it may have left memory while it was in the hand
-        if is_owed:
-            self.owed.append(hand)
-        self._passing.pop(me, None)
-        if not is_owed and hand[0] in self.left:  # just now
-            self.owed.append(hand)
+        hand = self.held.pop(ident, None)
+        if self._watches and hand is not None:
+            self._dropped.append(hand)
 
     @block
     def pinned(self) -> Steps:
-        """Keep what is in the hand of this thread there, whatever hooks take meanwhile."""
+        """Keep what is in the hand of this thread there, whatever hooks take meanwhile.
+
+        What any hand lets go of counts as lent until the end.
+        """
         me = threading.get_ident()
         hand = self.held.get(me)
-        if hand is None:
-            yield
-            return
-        pin = object()
-        self._pinned[pin] = hand
+        self._watches += 1
         try:
             yield
         finally:
-            taken = self.held.get(me)
-            if taken is not None and taken is not hand:
-                self.owed.append(taken)
-            self.held[me] = hand
-            del self._pinned[pin]
-
-    def leave(
-        self, key: Hashable, value: Any, *, soon: bool = False, fixed: bool = False
-    ) -> None:
-        """Remember that a value is not resident, or not `soon`, as long as it is alive.
-
-        With `fixed` it could not change so far. Only the array of somebody who has it can be made
-        read-only since, after it was changed.
-        """
-        if type(value).__weakrefoffset__:
-            self.left[key] = _FixedReference(value) if fixed else weakref.ref(value)
-        elif soon or self._is_held(key, value):
-            self.left[key] = _Fixed(value) if fixed else lambda: value
-        else:
-            self.left.pop(key, None)
-        if len(self.left) > self._limit:
-            self.left = {key: left for key, left in self.left.items() if left() is not None}
-            self._limit = max(REFERENCES, 2 * len(self.left))
-
-    def leave_all(self, keys: list[Any], values: Sequence[Any]) -> None:
-        """Remember those of values that are not resident and in a hand, and forget the others.
-
-        There are no weak references to any of them.
-        """
-        held = {id(value) for _, value in self._in_hands()}
-        ids = [*map(id, values)]
-        if held.isdisjoint(ids):
-            deque(map(self.left.pop, keys, repeat(None)), maxlen=0)
-            return
-        for key, value, some in zip(keys, values, ids, strict=True):
-            if some in held:
-                self.leave(key, value)
-            else:
-                self.left.pop(key, None)
-
-    def _in_hands(self) -> list[tuple[Any, Any]]:
-        # In the order that a value takes, so that it is met wherever it goes meanwhile.
-        return [*self.held.values(), *self._pinned.values(), *self._passing.values(), *self.owed]
-
-    def _is_held(self, key: Hashable, value: Any, times: int = 1) -> bool:
-        names = [name for name, some in self._in_hands() if some is value]
-        # As a dict compares keys: some cannot be compared that have different hashes.
-        return len([n for n in names if hash(n) == hash(key) and (n,) == (key,)]) >= times
+            if hand is not None:
+                self.swap(*hand)
+            self._watches -= 1
+            if not self._watches:
+                self._dropped = deque()
 
     def of_others(self) -> list[tuple[Any, Any]]:
         """Return what other threads have in hand, as pairs of key and value."""
         me = threading.get_ident()
         return [pair for ident, pair in self.held.copy().items() if ident != me]
 
+    # -- values that are not resident --------------------------------------------------------------
+
+    def keep(self, key: Hashable, value: Any, size: int) -> None:
+        """Keep a value, of `size` bytes, that is lent and not resident, or is about to leave."""
+        self.forget(key)
+        self.kept[key] = (size, value)
+        self.nbytes += size
+        self._times[id(value)] = self._times.get(id(value), 0) + 1
+        self._new.append(key)
+        if len(self._new) > 2 * (len(self.kept) + LOOKS):
+            self._new = [*filter(self.kept.__contains__, self._new)]
+
+    def keep_some(
+        self, keys: list[Any], values: Sequence[Any], sizes: list[int], which: Iterable[bool]
+    ) -> None:
+        """Do that for some of these values, but for those that are kept already."""
+        for key, value, size in compress(zip(keys, values, sizes, strict=True), which):
+            if key not in self.kept:
+                self.keep(key, value, size)
+
+    def remember(self, key: Hashable, value: Any, *, fixed: bool = False) -> None:
+        """Remember that a value is not resident, as long as it is alive, if that can be.
+
+        With `fixed` it could not change so far. Only the array of somebody who has it can be made
+        read-only since, after it was changed.
+        """
+        if type(value).__weakrefoffset__:
+            self._left[key] = _FixedReference(value) if fixed else weakref.ref(value)
+            if len(self._left) > self._limit:
+                self._left = {k: left for k, left in self._left.items() if left() is not None}
+                self._limit = max(REFERENCES, 2 * len(self._left))
+
     def get(self, key: Hashable, default: Any = None) -> Any:
         """Return the value that left under `key`, `default` if there is none alive."""
-        left = self.left.get(key)
-        if left is None:
-            return default
-        value = left()
-        return default if value is None and isinstance(left, weakref.ref) else value
+        if key in self.kept:
+            return self.kept[key][1]
+        left = self._left.get(key)
+        value = None if left is None else left()
+        return default if value is None else value
 
     def is_fixed(self, key: Hashable) -> bool:
         """Tell whether what left under `key` could not change then."""
-        return isinstance(self.left.get(key), _FixedReference | _Fixed)
+        return type(self._left.get(key)) is _FixedReference
 
     def knows(self, key: Hashable) -> bool:
         """Tell whether something left under `key` that may be alive."""
-        return key in self.left
+        return key in self.kept or key in self._left
 
     def forget(self, key: Hashable) -> None:
         """Forget what left under `key`: it is resident again, or replaced, or deleted."""
-        self.left.pop(key, None)
+        self._left.pop(key, None)
+        size, value = self.kept.pop(key, (0, None))
+        self.nbytes -= size
+        times = self._times.pop(id(value), 0) - 1
+        if times > 0:
+            self._times[id(value)] = times
 
-    def is_gone(self, key: Hashable, value: Any) -> bool:
-        """Tell whether a value that is owed a look is not resident, and waits for nothing else."""
-        left = self.left.get(key)
-        if left is None or left() is not value:
+    def kept_small(self, keys: list[Any]) -> dict[Any, Any]:
+        """Return those of these kept values that are small."""
+        entries = ((key, *self.kept[key]) for key in keys if key in self.kept)
+        return {key: value for key, size, value in entries if size < LARGE}
+
+    def is_time(self, room: float) -> bool:
+        """Tell whether to look at what is lent: now and then, or where more than `room` bytes are.
+
+        So that small values are compared several at a time.
+        """
+        self._patience -= 1
+        if self._patience > 0 and self.nbytes <= room:
             return False
-        return isinstance(left, weakref.ref) or not self._is_held(key, value, 2)
+        self._patience = PATIENCE
+        return True
 
-    def settled(self, key: Hashable, value: Any) -> None:
-        """Let go of a value that `is_gone`, and is as the disk holds it."""
-        left = self.left.get(key)
-        if left is not None and left() is value and not isinstance(left, weakref.ref):
-            del self.left[key]
+    def due(self, room: float, *, every: bool = False) -> tuple[list[Any], list[Any]]:
+        """Look at some of the values that are lent, or at `every` one.
+
+        Returns
+        -------
+        back : list
+            The keys of those that nobody else has any more.
+        refused : list
+            The keys of those that are to go all the same: they contain themselves, or are the
+            oldest, where more than a `FEW` take more than `room` bytes.
+        """
+        if not self._watches:
+            self._dropped.clear()
+        some = [] if every else [*islice(self._round, LOOKS)]
+        if not some:
+            self._round = iter([*self.kept])
+            some = [*islice(self._round, None if every else LOOKS)]
+        back, refused = self.alone(some), list[Any]()
+        if (left := self.nbytes) > room:
+            new, self._new = {*self._new}.intersection(self.kept).difference(back), []
+            refused = [key for key in new if contains_itself(self.kept[key][1])]
+            gone = {*back, *refused}
+            left -= sum(self.kept[key][0] for key in gone)
+            for key in islice(self.kept, max(len(self.kept) - FEW, 0)):
+                if left <= room:
+                    break
+                if key not in gone:
+                    left -= self.kept[key][0]
+                    refused.append(key)
+        return back, refused
+
+    def alone(self, keys: Iterable[Any]) -> list[Any]:
+        """Return the keys of those values that are kept, and that nobody else has."""
+        keys = [*filter(self.kept.__contains__, keys)]
+        entries = gather(self.kept, keys)
+        counts = map(sys.getrefcount, map(_value, entries))
+        times = map(self._times.__getitem__, map(id, map(_value, entries)))
+        found = zip(keys, counts, times, strict=True)
+        return [key for key, count, here in found if count < _ALONE + here]
+
+    def let_go(self, key: Hashable) -> None:
+        """Let go of a kept value that is as the disk holds it, unless somebody has it again."""
+        if key in self.kept and self.alone([key]):
+            _ = self.kept[key]  # it dies when all this is done
+            self.forget(key)
+
+    def refuse(self, key: Hashable) -> None:
+        """Let go of a kept value that is as the disk holds it, whoever has it."""
+        if key in self.kept:
+            _, value = self.kept[key]
+            self.forget(key)
+            self.remember(key, value)
 
     def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Forget what is resident, or deleted, after all."""
-        self.settling = False
-        left = {key: value for key, value in self.left.items() if key in rows and key not in inmem}
-        # What is referred to here alone was about to leave, and is as the disk holds it.
-        self.left = {
-            key: value
-            for key, value in left.items()
-            if isinstance(value, weakref.ref) or self._is_held(key, value())
-        }
+        self.settling, self._watches = False, 0
+        kept = [(key, *entry) for key, entry in self.kept.items()]
+        left = {key: value for key, value in self._left.items() if key in rows and key not in inmem}
+        self.kept, self.nbytes, self._times, self._new = {}, 0, {}, []
+        for key, size, value in kept:
+            if key in rows and key not in inmem:
+                self.keep(key, value, size)
+        self._left = left
 
     def alive(self) -> list[tuple[Any, Any]]:
         """Return all that left and is alive, as pairs of key and value."""
-        pairs = [(key, left()) for key, left in self.left.items()]
-        return [(key, value) for key, value in pairs if value is not None]
+        pairs = [(key, left()) for key, left in self._left.items()]
+        kept = [(key, value) for key, (_, value) in self.kept.items()]
+        return kept + [(key, value) for key, value in pairs if value is not None]
 
     def check(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Assert every invariant."""
-        assert not self.left.keys() & inmem.keys(), "a resident value has left"
-        assert self.left.keys() <= rows.keys(), "a deleted value has left"
+        left = self._left.keys() | self.kept.keys()
+        assert not left & inmem.keys(), "a resident value has left"
+        assert left <= rows.keys(), "a deleted value has left"
+        assert not self._left.keys() & self.kept.keys()
+        assert self.nbytes == sum(size for size, _ in self.kept.values())
+        assert sum(self._times.values()) == len(self.kept)
+
+
+def are_lent(values: Sequence[Any], ours: int = 0) -> list[bool]:
+    """Tell which values others refer to than this sequence, and so many more that are not lent."""
+    return [n > _ALONE + ours for n in map(sys.getrefcount, values)]
+
+
+def contains_itself(value: Any) -> bool:
+    """Tell whether a value is among its own first parts, their parts, and so on."""
+    met, parts = {id(value)}, [value]
+    while parts and len(met) < PARTS:
+        found = [*islice(gc.get_referents(*parts), PARTS)]
+        if any(map(operator.is_, found, repeat(value))):
+            return True
+        parts = [part for part in found if gc.is_tracked(part) and id(part) not in met]
+        parts = [part for part in parts if not isinstance(part, _NOT_PARTS)]
+        met.update(map(id, parts))
+    return False

@@ -54,8 +54,6 @@ class Loading(Changes):
         else:
             self._touched[key] = (size, touches + 1)
         self._hands.swap(key, value)
-        if self._hands.owed:
-            self._if_free(self._settle_owed)
         # Another thread may have begun a transaction, or deleted it, or spilled it before it was in
         # the hand.
         ledger = self.ledger
@@ -205,7 +203,7 @@ class Loading(Changes):
                 if (
                     ledger.rows.get(key) == row
                     and key not in self.inmem
-                    and key not in self._hands.left
+                    and not self._hands.knows(key)
                     and self.eviction.total + size <= self.available
                     and not (fixed and self._hands.held)
                 ):
@@ -217,8 +215,7 @@ class Loading(Changes):
                             self._note_as_loaded(key, digest)
                         self._keep_loose(key, value)
                         self.eviction.enroll(key, size, READ_ONCE)
-                        self._take_in_hand(key, value)
-                        self._settle_owed()
+                        self._hold(key, value)
                     taken = True
                 else:
                     entry = Entry(*where)
@@ -287,7 +284,7 @@ class Loading(Changes):
                 value = self._hands.get(key, MISSING)
                 row = self.ledger.rows.get(key, UNSAVED)
                 if value is not MISSING:
-                    if not changeable(value) and self._was_frozen(key, value):
+                    if not changeable(value) and self._has_changed(key):
                         continue
                     size = self.measure(value)
                     same = self.in_memory(key) is MISSING or self.in_memory(key) is value
@@ -333,29 +330,15 @@ class Loading(Changes):
             fits = size <= self.available - self.eviction.total
             fits = fits and (loose or not self.ledger.is_packed(key))
         self._note(key)
-        hands = self._hands
         if fits:
             self._enter(key, value, size, uses)
+        elif loose:
+            self._hands.keep(key, value, size)
         else:
-            hands.leave(key, value, soon=True, fixed=not loose)
-        if loose or not fits:
-            self._take_in_hand(key, value, fixed=not loose)
-        else:
-            hands.empty()
-        # Only now: both may commit, and then find that another handle replaced or deleted the key.
-        self._settle_owed()
+            self._hands.remember(key, value, fixed=True)
+        self._settle(self._hands.hold(key, value) if loose else self._hands.empty())
+        # Only now: it may commit, and then find that another handle replaced or deleted the key.
         self._make_room()
-
-    def _take_in_hand(self, key: Hashable, value: Any, *, fixed: bool = False) -> None:
-        """Put a stored value in hand; what was there before may die, and use the chest as it does.
-
-        That may have this one leave memory, which is in no hand as yet.
-        """
-        ledger, row = self.ledger, self.ledger.rows.get(key)
-        self._hands.hold(key, value)
-        same = self.ledger is ledger and row is not None and ledger.rows.get(key) == row
-        if same and key not in self.inmem and not self._hands.knows(key):
-            self._hands.leave(key, value, fixed=fixed)
 
     def read(self, key: Hashable, entry: Entry, file: Any = None) -> tuple[Any, bool]:
         """Load a value, as `Reading.read` does, and count it."""
@@ -372,8 +355,7 @@ class Loading(Changes):
     def open_hand(self) -> None:
         """Look at what this thread has in hand, for it is about to end."""
         with self.lock, self:
-            self._hands.empty()
-            self._settle_owed()
+            self._settle(self._hands.empty())
 
     def offer(self, key: Hashable, entry: Entry, value: Any, again: bool) -> None:
         """Make a value resident that was read from `entry`, unless that is history."""

@@ -180,7 +180,7 @@ class Memory(Spilling):
     def _changed_in_place(self) -> list[Any]:
         alive = {**dict(self._hands.alive()), **{key: self.inmem[key] for key in self._loose}}
         clean = ((key, value) for key, value in alive.items() if key not in self.dirty)
-        return [k for k, value in clean if self._differs(k, value, self.ledger.digest(k))]
+        return [k for k, value in clean if self._differs(k, value)]
 
     def _refuse_in_transaction(self, action: str) -> None:
         if self.in_transaction:

@@ -128,7 +128,6 @@ class Residents(ABC):
         self._as_loaded: dict[Any, int | None] = {}
         self.dirty: dict[Any, int] = {}  # with the bytes that the disk holds beyond their sizes
         self._shrunk = 0  # the sum of these
-        self._late: set[Any] = set()  # those that may have changed while they are written
         self._hands = Hands()
         self.eviction = Eviction(self.available)
         self._arm()

@@ -215,10 +215,6 @@ class Saving(Loading):
             # What gave a key its file's name, or pickled a key, may have set another value since.
             if not all(map(operator.is_, map(self.inmem.get, saved), gather(values, saved))):
                 saved = [key for key in saved if self.inmem.get(key) is values[key]]
-            if self._late:
-                late = self._late.intersection(saved)
-                self._late -= late
-                saved = [key for key in saved if key not in late or not self._changed_again(key)]
             if self._as_loaded:
                 deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
             self._shrunk -= sum(map(self.dirty.pop, saved))

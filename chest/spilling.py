@@ -10,12 +10,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from itertools import compress, filterfalse, repeat
 from typing import Any
 
+from chest.changes import SLACK
 from chest.columns import gather
 from chest.errors import UnsavedError, say, show
+from chest.hands import are_lent
 from chest.progress import Tally
 from chest.saving import Saving
 from chest.serialize import changeable
@@ -23,7 +25,6 @@ from chest.upkeep import RETRY
 
 logger = logging.getLogger("chest")
 
-SLACK = 16  # one part in so many of the budget is made free at a time
 OUTDATED = 32 << 20  # bytes on disk that may wait for a commit that frees them
 MUCH = 128 << 20  # bytes that do not wait for the next operation where nobody was given a value
 TRIES = 3  # in a row, in which nothing left
@@ -113,6 +114,7 @@ class Spilling(Saving):
             self._check_key(key)
             self.ledger.add(key)
             self._note(key)
+            self._count_outdated(-self.dirty.get(key, 0))
             self.dirty[key] = 0
             uses: float = 1
             if key in self.inmem:  # another handle deleted it, and that is taken in just now
@@ -128,8 +130,7 @@ class Spilling(Saving):
         if changeable(value):
             self._hold(key, value)
         else:
-            self._hands.empty()
-            self._settle_owed()
+            self._settle(self._hands.empty())
 
     def _set_fixed(self, key: str, value: Any, size: int) -> bool:
         """Set a value that cannot change, where little is to do for it.
@@ -145,6 +146,7 @@ class Spilling(Saving):
                 or eviction.total + size > self.available
                 or self.readonly
                 or self._outdated > OUTDATED
+                or ledger.changed  # by another handle: `put` knows what that has in memory
             ):
                 return False
             if key not in ledger.rows:
@@ -202,12 +204,16 @@ class Spilling(Saving):
             self._report(self._evict([key]))
         tries = 0
         while self.eviction.total > self.available and tries < TRIES:
-            keys, before = self._choose(), self.eviction.total
+            keys, before = self._choose(), self._to_leave()
             if not keys:
                 return
             self._report(self._evict(keys))
             # What its own pickling changes is still to be written: the next operation goes on.
-            tries = 0 if self.eviction.total < before else tries + 1
+            tries = 0 if self._to_leave() < before else tries + 1
+
+    def _to_leave(self) -> tuple[int, int]:
+        """Return what a step of spilling makes less: what is in memory, or can still leave it."""
+        return self.eviction.total, -len(self.eviction.aside())
 
     def _choose(self) -> list[Any]:
         """Return the keys that should leave next, for some slack more than must be."""
@@ -233,13 +239,14 @@ class Spilling(Saving):
     def _evict_pinned(self, keys: list[Any]) -> dict[Any, Exception]:
         if not self._loose and not self.dirty and self.options.on_overflow is None:
             self._let_go(keys)
+            self.eviction.stay(filter(self.inmem.__contains__, keys))
             return {}
-        held = [*filter(self._loose.__contains__, keys)] if self._loose else []
-        for key in held:  # before they are dumped: from now on each hand that lets go of it tells
-            self._hands.leave(key, self.inmem[key], soon=True)
+        loose = [*filter(self._loose.__contains__, keys)] if self._loose else []
+        # Before they are dumped: who has one may change it at any moment, and then let go of it.
+        lent = [*compress(loose, are_lent(gather(self.inmem, loose), 1))]
         refused, unsaved = None, dict[Any, Exception]()
         try:
-            self._find_changed(held)
+            self._find_changed(loose)
             writes = [*filter(self.dirty.__contains__, keys)]
             try:
                 unsaved = self._save(writes, stop=True)
@@ -247,17 +254,14 @@ class Spilling(Saving):
                 refused = error
         except BaseException:
             self.eviction.stay(key for key in keys if key in self.eviction)
-            self._stay_in_hand(held)
             raise
         unsaved = self._set_aside(unsaved)
-        clean = [*filterfalse(self.dirty.__contains__, filter(self.inmem.__contains__, keys))]
-        self._let_go([*filterfalse(self._loose.__contains__, clean)] if self._loose else clean)
-        if held:  # what a hook set in the place of a value that cannot change stays, if it can
-            asked = {*held}
-            self._let_go_loose([key for key in clean if key in asked and key in self._loose])
-        left = filter(self.inmem.__contains__, keys)
-        self.eviction.stay([*filterfalse(unsaved.__contains__, left)])
-        self._stay_in_hand(held)
+        if loose:  # what a hook set in the place of a value that cannot change stays, if it can
+            left = filterfalse(self.dirty.__contains__, filter(self._loose.__contains__, loose))
+            self._let_go_loose([*left], lent)
+        self._let_go(keys)
+        there = filter(self.inmem.__contains__, keys)
+        self.eviction.stay([*filterfalse(unsaved.__contains__, there)])
         if self.options.on_overflow is not None:
             for key in keys:
                 if key not in unsaved and not (refused and key in self.inmem):
@@ -276,8 +280,8 @@ class Spilling(Saving):
         return unsaved
 
     def _let_go(self, keys: list[Any]) -> None:
-        """Let go of values that cannot change, all in a few steps."""
-        keys = self._let_go_of_referable(keys)
+        """Let go of those values that are clean and cannot change, all in a few steps."""
+        keys = self._let_go_of_referable(self._sure(keys))
         hits = {} if self._fixed is self.inmem else self._fixed
         for part in (hits, self._fresh, self.inmem, self._touched, self._as_loaded):
             if part:
@@ -285,15 +289,17 @@ class Spilling(Saving):
         self.eviction.discard_all(keys)
         self.meter.spills += len(keys)
 
-    def _let_go_loose(self, keys: list[Any]) -> None:
-        """Let go of values that can change, all in a few steps but for those in a hand."""
-        keys = self._let_go_of_referable(keys)
-        values = gather(self.inmem, keys)
+    def _let_go_loose(self, keys: list[Any], lent: list[Any]) -> None:
+        """Let go of values that can change, all in a few steps but for those that are lent."""
+        values = gather(self.inmem, keys)  # they die when all this is done
+        sizes = [*map(self.eviction.size, keys)]
+        self._hands.keep_some(keys, values, sizes, map({*lent}.__contains__, keys))
         for part in (self._loose, self._touched, self.inmem):
             deque(map(part.pop, keys, repeat(None)), maxlen=0)
         self.eviction.discard_all(keys)
         self.meter.spills += len(keys)
-        self._hands.leave_all(keys, values)  # once more: they may have been handed out meanwhile
+        # Once more: some may have been handed out meanwhile.
+        self._hands.keep_some(keys, values, sizes, are_lent(values))
         if self._as_loaded:
             gone = filterfalse(self._hands.knows, keys)
             deque(map(self._as_loaded.pop, gone, repeat(None)), maxlen=0)
@@ -306,24 +312,21 @@ class Spilling(Saving):
             return keys
         some = [key for key in keys if type(self.inmem[key]) in referable]
         for key in some:
-            if key in self.inmem and key not in self.dirty:  # one that died may have set others
-                self._let_go_of(key)
-        others = filterfalse({*some}.__contains__, filter(self.inmem.__contains__, keys))
-        return [*filterfalse(self.dirty.__contains__, others)]
+            if self._sure([key]):
+                value = self.inmem[key]
+                self._leave(key)
+                self.meter.spills += 1
+                self._hands.remember(key, value, fixed=True)
+                del value  # it may die here, and set others
+        return self._sure(keys)
 
-    def _let_go_of(self, key: Hashable) -> None:
-        value, fixed = self.inmem[key], key not in self._loose
-        self._leave(key)
-        self.meter.spills += 1
-        # Once more: it may have been handed out meanwhile.
-        self._hands.leave(key, value, fixed=fixed)
-        if self._as_loaded and not self._hands.knows(key):
-            self._as_loaded.pop(key, None)
-
-    def _stay_in_hand(self, keys: list[Any]) -> None:
-        for key in keys:
-            if key in self.inmem:
-                self._hands.forget(key)
+    def _sure(self, keys: Iterable[Any]) -> list[Any]:
+        """Return those of `keys` whose values are resident, are clean, and cannot change."""
+        keys = filter(self.inmem.__contains__, keys)
+        for others in (self.dirty, self._loose):
+            if others:
+                keys = filterfalse(others.__contains__, keys)
+        return [*keys]
 
     def _say_that_it_spills(self) -> None:
         if "spill" not in self.meter.said:
@@ -385,7 +388,7 @@ class Spilling(Saving):
 
     def _flush(self, tally: Tally | None = None) -> None:
         self._hands.open_ended()
-        self._settle_owed()
+        self._look_at_lent(every=True)
         self._revive_changed()
         keys = [*self.dirty]
         if tally is not None:

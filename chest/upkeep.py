@@ -91,7 +91,8 @@ class Upkeep(Reading, ABC):
             elif is_safe_filename(entry.file) and entry.file not in live:
                 left.append(entry)
         ours, unsure = self._sort_out(left)
-        stuck = self.directory.remove(entry.file for entry in ours)
+        with self.ledger.recording():
+            stuck = self.directory.remove(entry.file for entry in ours)
         self.ledger.unsure += unsure
         self.ledger.obsolete += [entry for entry in ours if entry.file in stuck]
 
@@ -117,7 +118,9 @@ class Upkeep(Reading, ABC):
 
     def _remove(self, entries: list[Entry]) -> None:
         """Remove obsolete files; what cannot be removed yet stays in the books."""
-        if self.ledger.obsolete:
+        if not self.ledger.obsolete:
+            return
+        with self.ledger.recording():  # what is collected as garbage may give a name to a file anew
             stuck = set(self.directory.remove(entry.file for entry in entries))
             self.ledger.obsolete = [entry for entry in entries if entry.file in stuck]
             self.ledger.forget_folders(self.directory.missing_folders(e.file for e in entries))

@@ -481,7 +481,7 @@ COMMIT_STEPS = {
     "let values go that cannot change": (Memory, "_let_go"),
     "forget what they were": (Eviction, "discard_all"),
     "let values go that can": (Memory, "_let_go_loose"),
-    "see who has them": (Hands, "leave_all"),
+    "see who has them": (Hands, "keep_some"),
 }
 LEAVING = [
     "let values go that cannot change", "forget what they were",
@@ -2012,46 +2012,28 @@ def test_the_judge_of_histories_tells_right_from_wrong(operations, sound):
 # -- two handles, and threads, at moments of their own ---------------------------------------------
 
 
-def test_what_leaves_a_hand_is_held_until_it_is_looked_at(path):
-    """A thread stops as it takes the next value in hand, until the one before is spilled."""
-    had, compared, between, go_on = (threading.Event() for _ in range(4))
-
-    class Left(dict):
-        def __contains__(self, key):
-            found = super().__contains__(key)
-            if threading.current_thread() is not threading.main_thread() and found:
-                between.set()
-                assert go_on.wait(10)
-            return found
-
-    with Chest({"a": [1], "b": [2]}, path) as c:
+@pytest.mark.parametrize("then", ["", "b"])
+def test_what_is_handed_out_and_changed_just_as_it_leaves(path, then):
+    """It is taken, and changed, when it was compared and is still there."""
+    with Chest({"a": [1], "b": [2]}, path) as c, ThreadPoolExecutor(1) as pool:
         c.flush()
         memory = c._memory
         memory._hands.empty()
-        memory._hands.left = Left()
         find_changed = memory._find_changed
+
+        def change():
+            c["a"].append("change")
+            if then:
+                c[then]
 
         def compare(keys):
             find_changed(keys)
-            compared.set()
-            assert between.wait(10)
+            pool.submit(change).result(10)
 
         memory._find_changed = compare
-
-        def change():
-            value = c["a"]
-            had.set()
-            assert compared.wait(10)
-            value.append("change")
-            c["b"]
-
-        with ThreadPoolExecutor(1) as pool:
-            changing = pool.submit(change)
-            assert had.wait(10)
-            c.move_to_disk("a")
-            go_on.set()
-            changing.result(10)
+        c.move_to_disk("a")
         del memory._find_changed
+        assert "a" not in c.inmem
         assert c["a"] == [1, "change"]
 
 

@@ -1377,23 +1377,19 @@ def test_no_interrupt_comes_as_a_pack_is_closed(path):
         assert not [name for name in open_files(path) if "deleted" in name]
 
 
-def test_a_deletion_that_is_interrupted_as_it_looks_at_what_was_in_hand(path, monkeypatch):
+def test_a_deletion_that_is_interrupted_as_it_looks_at_what_was_lent(path, monkeypatch):
     with Chest({"a": [1], "b": [2], "c": 3}, path) as c:
         value = c["a"]
         c.move_to_disk("a")
         value.append("change")
-        with ThreadPoolExecutor(1) as pool, c.lock:
-            c["b"]
-            c._memory._hands.owed.append(("a", value))
-            pool.submit(int).result()
+        c["b"]
+        del value
         enroll = Eviction.enroll
 
         def interrupted(self, *args):
             monkeypatch.setattr(Eviction, "enroll", enroll)
             raise KeyboardInterrupt
 
-        c._memory._forget("a")
-        c._memory._hands.left["a"] = lambda: value
         monkeypatch.setattr(Eviction, "enroll", interrupted)
         with pytest.raises(KeyboardInterrupt):
             del c["c"]
@@ -1401,19 +1397,23 @@ def test_a_deletion_that_is_interrupted_as_it_looks_at_what_was_in_hand(path, mo
         c._check()
 
 
-def test_what_is_owed_a_look_stays_so_at_an_interrupt(path, monkeypatch):
+@pytest.mark.parametrize("step", ["due", "alone", "pinned", "kept_small", "forget"])
+def test_what_was_lent_is_kept_at_an_interrupt(path, monkeypatch, step):
     """Nobody else refers to it."""
     with Chest(path=path, available_memory=0) as c:
         c.setdefault("box", Box(1)).items.append(2)
-        is_gone = Hands.is_gone
+        before = getattr(Hands, step)
 
-        def interrupted(self, *args):
-            monkeypatch.setattr(Hands, "is_gone", is_gone)
+        def interrupted(self, *args, **kwargs):
+            monkeypatch.setattr(Hands, step, before)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(Hands, "is_gone", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(Hands, step, interrupted)
+        with suppress(KeyboardInterrupt):
             c["x"] = [1]
+            c["y"] = [1]
+            c["x"]
+        assert getattr(Hands, step) is before
         gc.collect()
         assert c["box"] == Box(1, 2)
         c._check()

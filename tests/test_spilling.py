@@ -1037,8 +1037,9 @@ def test_what_its_own_pickling_gets_leaves_all_the_same(path):
         c["other"] = [2]
         c.available_memory = 1000
         assert c.memory_usage <= 1000
-        assert c["k"] == [1]
         c._check()
+    with Chest(path=path) as c:
+        assert c["k"] == [1]
 
 
 def test_a_key_that_is_set_as_its_deletion_is_taken_in_counts_once(path):
@@ -1107,9 +1108,9 @@ def test_an_interrupt_keeps_nothing_in_memory_that_left(path):
     with Chest({n: [n] for n in range(20)}, path) as c:
         c["last"] = 0
         c.flush()
-        with interrupt_in(Hands, "leave_all"):
+        with interrupt_in(Hands, "keep_some"):
             c.available_memory = 0
         assert len(c) == 21
-        assert not c._memory._hands.left
+        assert not c._memory._hands.kept
         assert c[5] == [5]
         c._check()

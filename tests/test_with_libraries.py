@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+from copy import deepcopy
 from pathlib import Path
 
 import cachetools
@@ -214,7 +215,7 @@ PLAIN = {"list": [1, 2.5, None, "text"], "dict": {"a": [True, {"b": "é"}]}}
     pytest.param(dump_msgpack, load_msgpack, id="msgpack"),
 ])  # fmt: skip
 def test_a_serializer_of_choice(path, dump, load):
-    with Chest(PLAIN, path, dump=dump, load=load) as c:
+    with Chest(deepcopy(PLAIN), path, dump=dump, load=load) as c:
         c.available_memory = 0
         assert not c.inmem
         c["list"].append("more")

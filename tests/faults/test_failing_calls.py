@@ -405,14 +405,15 @@ def load_lines(file):
 def test_each_read_that_fails_is_told_as_what_it_is(path, refuse, options, monkeypatch):
     monkeypatch.setattr(chest.serialize, "KEPT", 1000)  # so that it is read again to be loaded
     with opened(path, **options) as c:
-        c["x"] = value = list(range(50_000))
+        c["x"] = list(range(50_000))
         for after in count():
             c["y"] = []  # lets go of the other
             c.move_to_disk("x")
+            c.flush()
             refuse.on({"read"}, errno.EIO, after=after)
             told = None
             try:
-                assert c["x"] == value
+                assert c["x"] == [*range(50_000)]
             except OSError as error:
                 told = error
             if refuse.times:

@@ -168,8 +168,8 @@ def test_one_chest(path, gauge, options):
         for part in parts(operations):
             for _ in range(part):
                 act(c, chance, expected)
-            c.flush()
             assert {k: c[k] for k in c} == expected
+            c.flush()
             gauge.look(c._memory.ledger)
             c._check()
         gauge.stop(sum(parts(operations)))

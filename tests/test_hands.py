@@ -1,0 +1,303 @@
+"""Tests of chest.hands: values that leave memory while somebody has them."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import sys
+import threading
+import weakref
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from chest import Chest
+from chest.hands import FEW, PARTS, contains_itself
+
+BUDGETS = [0, 100, 700, 1000, 5000, 10**6]
+
+
+class Node:
+    """What refers to its children, which may refer back."""
+
+    def __init__(self, *children):
+        self.children = [*children]
+        self.parent = None
+
+
+def tree():
+    root = Node(Node(), Node())
+    for child in root.children:
+        child.parent = root
+    return root
+
+
+@pytest.fixture(params=BUDGETS)
+def c(request, path):
+    with Chest(path=path, available_memory=request.param) as chest:
+        for key in "abcde":
+            chest[key] = [ord(key)] * 30
+        for n in range(100):
+            chest[n] = -n
+        yield chest
+        if not chest.closed:
+            chest._check()
+
+
+def reopened(c):
+    c.close()
+    return Chest(path=c.path)
+
+
+# -- what counts -----------------------------------------------------------------------------------
+
+
+def test_an_expression_that_reads_another_value(c):
+    c["a"].extend(c["b"])
+    c["c"][3] += c["d"][3]
+    c["e"][:2] = c["a"][:1], c["b"][:1]
+    with reopened(c) as again:
+        assert again["a"] == [97] * 30 + [98] * 30
+        assert again["c"] == [99] * 3 + [199] + [99] * 26
+        assert again["e"] == [[97], [98], *[101] * 28]
+
+
+def test_a_sort_that_reads_the_chest(c):
+    c["order"] = list(range(100))
+    c["order"].sort(key=lambda key: c[key])
+    with reopened(c) as again:
+        assert again["order"] == list(range(99, -1, -1))
+
+
+def test_a_sort_that_reads_lists_of_the_chest(c):
+    c["order"] = list("edcba")
+    c["order"].sort(key=lambda key: c[key])
+    with reopened(c) as again:
+        assert again["order"] == list("abcde")
+
+
+def test_an_array_that_is_changed_by_others(c):
+    c["x"], c["y"] = np.zeros(100), np.ones(100)
+    c["x"][3] += c["y"][3]
+    c["x"][10:] += c["y"][10:]
+    with reopened(c) as again:
+        assert list(again["x"][:12]) == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [list, dict, Node, np.array])
+def test_a_variable_is_the_value_of_the_chest(c, kind):
+    c["x"] = value = kind([]) if kind is not np.array else np.zeros(5)
+    for _ in range(3):
+        for key in "abcde":
+            c[key].append(0)
+    assert c["x"] is value
+    for key in "abcde":
+        c[key].append(0)
+    if kind is list:
+        value.append(1)
+    elif kind is dict:
+        value["k"] = 1
+    elif kind is Node:
+        value.parent = 1
+    else:
+        value[3] = 1
+    del value
+    for key in "abcde":
+        c[key].append(0)
+    with reopened(c) as again:
+        found = again["x"]
+        assert found == [1] if kind is list else True
+        assert found == {"k": 1} if kind is dict else True
+        assert found.parent == 1 if kind is Node else True
+        assert found[3] == 1 if kind is np.array else True
+
+
+def test_what_a_loop_holds_is_saved_by_a_flush(c):
+    for before, after in pairwise("abcde"):
+        value = c[before]
+        value.append(c[after][0])
+        c.flush()
+        with Chest(path=c.path, readonly=True) as other:
+            assert other[before] == value
+    assert [c[key][30:] for key in "abcde"] == [[98], [99], [100], [101], []]
+
+
+def test_what_another_thread_has(c):
+    has, go_on = threading.Event(), threading.Event()
+
+    def change():
+        value = c["a"]
+        c["b"]
+        has.set()
+        assert go_on.wait(10)
+        value.append("x")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    assert has.wait(10)
+    for key in "bcde" * 3:
+        c[key].append(0)
+    go_on.set()
+    thread.join()
+    for key in "bcde" * 3:
+        c[key].append(0)
+    assert c["a"] == [97] * 30 + ["x"]
+
+
+def test_a_transaction_that_fails_takes_back_what_was_lent(c):
+    value = c["a"]
+    with pytest.raises(ZeroDivisionError), c.transaction():
+        value = c["a"]
+        for key in "bcde":
+            c[key].append(0)
+        value.append("x")
+        del value
+        for key in "bcde":
+            c[key].append(0)
+        raise ZeroDivisionError
+    assert {key: len(c[key]) for key in "abcde"} == dict.fromkeys("abcde", 30)
+
+
+def test_another_handle_that_replaces_what_is_lent(c):
+    value = c["a"]
+    c["b"], c["c"]
+    c.flush()
+    with Chest(path=c.path) as other:
+        other["a"] = ["new"]
+    assert c["a"] == ["new"]
+    assert value == [97] * 30
+
+
+# -- what does not stay in memory ------------------------------------------------------------------
+
+
+def test_what_nobody_has_any_more_goes_with_the_next_operation():
+    with Chest(available_memory=0) as c:
+        c["x"] = value = Node()
+        reference = weakref.ref(value)
+        c["y"] = []
+        for _ in range(3):
+            c.get("none")
+        assert reference() is value
+        del value
+        c.get("none")
+        assert reference() is None
+        c._check()
+
+
+def test_values_that_contain_themselves_are_not_kept():
+    gc.disable()
+    try:
+        with Chest(available_memory=0) as c:
+            for n in range(100):
+                c[n] = tree()
+            assert len(c._memory._hands.kept) <= 2
+            gc.collect()
+            assert sum(isinstance(o, Node) for o in gc.get_objects()) <= 6
+            assert c[5].children[1].parent.children[0].parent is c[5]
+            c._check()
+    finally:
+        gc.enable()
+
+
+def test_one_object_under_many_keys_goes_where_all_of_them_left():
+    value = Node()
+    reference = weakref.ref(value)
+    with Chest(available_memory=0) as c:
+        for n in range(5):
+            c[n] = value
+        del value
+        for _ in range(4):
+            c.get("none")
+        c[0] = []
+        for _ in range(4):
+            c.get("none")
+        assert reference() is None
+        c._check()
+
+
+def test_no_more_is_kept_than_a_sixteenth_of_the_budget_and_a_few():
+    with Chest(available_memory=64_000, nbytes=lambda _: 1000) as c:
+        values = [[n] for n in range(500)]
+        for n, value in enumerate(values):
+            c[n] = value
+            assert c._memory._hands.nbytes <= 16_000  # and what left last
+        c._check()
+        for value in values:
+            value.append("x")
+        c.flush()
+        count = sum(len(c[n]) == 2 for n in range(500))
+        assert count - len(c.inmem) >= FEW or count >= 64  # these, and what was resident
+
+
+def test_the_oldest_is_compared_before_it_goes():
+    with Chest(available_memory=0) as c:
+        values = [[n] for n in range(3 * FEW)]
+        for n, value in enumerate(values):
+            c[n] = value
+            value.append("x")
+        assert all(c[n] == [n, "x"] for n in range(3 * FEW))
+        c._check()
+
+
+def test_what_is_kept_is_as_of_the_last_change(path):
+    with Chest(path=path, available_memory=0) as c:
+        c["x"] = value = [0]
+        for n in range(50):
+            c["y"] = [n]
+            value.append(n)
+        c.flush()
+        with Chest(path=path) as other:
+            assert other["x"] == [0, *range(50)]
+        del value
+        c._check()
+
+
+def test_a_value_that_dies_as_it_comes_back_may_use_the_chest():
+    class Dying(list):
+        def __del__(self):
+            if sys is not None and not c.closed:
+                c["last words"] = [len(self)]
+                c["x"] = [1]
+
+    globals()["Dying"], Dying.__qualname__ = Dying, "Dying"
+    with Chest(available_memory=0) as c:
+        c["x"] = value = Dying([1, 2])
+        c["y"] = []
+        c["z"] = []
+        del value
+        c.get("none")
+        assert (c["x"], c["last words"]) == ([1], [2])
+        c._check()
+
+
+# -- what contains itself --------------------------------------------------------------------------
+
+
+def looped(depth, breadth):
+    inner = outer = []
+    for _ in range(depth):
+        inner.append([*range(breadth)])
+        inner = inner[-1]
+    inner.append(outer)
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: [1, [2, {"k": (3, [])}]], False),
+        (lambda: looped(0, 0), True),
+        (lambda: looped(50, 3), True),
+        (tree, True),
+        (Node, False),
+        (lambda: np.zeros(5), False),
+        (lambda: [*range(10 * PARTS)], False),
+        (lambda: {"type": Node, "module": sys, "function": looped}, False),
+        (lambda: [pickle.Pickler, len, "text"], False),
+    ],
+)
+def test_what_contains_itself(make, expected):
+    value = make()
+    assert contains_itself(value) is expected

@@ -1,0 +1,251 @@
+"""Tests of values that use the chest while the chest is busy: as they are pickled, and as they die.
+
+What is collected as garbage does so at any moment, and so these are moments of everybody's.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from functools import partial
+
+import numpy as np
+import pytest
+
+from chest import Chest
+from chest.directory import Directory
+
+
+class Acting:
+    """A value that does something when it is pickled, or dies, the next time."""
+
+    when = act = None
+
+    def __init__(self, **state):
+        vars(self).update(state)
+
+    def does(self, when, act):
+        self.when, self.act = when, act
+
+    def _do(self, when):
+        if self.when == when:
+            self.when = None
+            self.act()
+
+    def __getstate__(self):
+        self._do("pickled")
+        return {}
+
+    def __del__(self):
+        self._do("dies")
+
+
+def frozen():
+    array = np.arange(3)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.fixture
+def two(path):
+    """Two handles on a directory with an acting value, a list and a small one."""
+    with Chest(path=path, nbytes=lambda _: 100, available_memory=1e6) as c, Chest(path=path) as o:
+        c.update({"a": Acting(), "k": ["old"], "z": 0})
+        c.flush()
+        yield c, o
+        c._check()
+        o._check()
+
+
+def evict(c):
+    c.evict()
+
+
+def crowd(c):
+    for n in range(20_000):
+        c[n] = n
+
+
+@pytest.mark.parametrize("when", ["pickled", "dies"])
+@pytest.mark.parametrize("act", [Chest.flush, evict, crowd])
+def test_what_comes_from_another_handle_is_not_taken_for_a_change_here(two, when, act):
+    c, o = two
+    c["a"].does(when, partial(act, c))
+    c["z"]
+    o["a"] = 5
+    o.flush()
+    o["k"] = ["new"]
+    o.flush()
+    assert len(c) >= 3
+    assert c["k"] == o["k"] == ["new"]
+
+
+@pytest.mark.parametrize("act", [Chest.flush, evict])
+def test_nor_is_what_another_handle_deleted(two, act):
+    c, o = two
+    c["a"].does("pickled", partial(act, c))
+    o["a"] = 5
+    o.flush()
+    del o["k"]
+    o.flush()
+    assert "k" not in c
+    c.flush()
+    assert "k" not in o
+
+
+def test_what_is_set_as_its_deletion_is_taken_in_is_counted_once(two):
+    c, o = two
+    c["a"].does("pickled", partial(c.__setitem__, "k", "text"))
+    c[7] = 0
+    o["a"] = 5
+    o.flush()
+    del o["k"]
+    o.flush()
+    assert len(c) == 4
+    assert c["k"] == "text"
+    assert c.memory_usage == 100 * len(c.inmem)
+
+
+def test_what_is_set_so_takes_no_room_on_disk_into_account_twice(path):
+    with Chest(path=path) as c, Chest(path=path) as o:
+        value = Acting()
+        c.update({"a": value, "k": [bytes(1_000_000)], "z": 0})
+        c.flush()
+        c["k"] = [1]
+        o["a"] = 5
+        o.flush()
+        del o["k"]
+        o.flush()
+        value.does("pickled", partial(c.__setitem__, "k", [2]))
+        assert len(c) == 3
+        assert value.when is None
+        assert c["k"] == [2]
+        c._check()
+
+
+def test_a_value_that_dies_as_news_are_taken_in_may_look(path):
+    with Chest(path=path) as c, Chest(path=path) as o:
+        c["a"] = array = frozen()
+        c["x"] = 1
+        c.flush()
+        weakref.finalize(array, lambda: c.get("x"))
+        del array
+        o["a"], o["x"] = 5, 2
+        o.flush()
+        assert (len(c), c["x"], c["a"]) == (2, 2, 5)
+        c._check()
+
+
+def test_what_a_dying_array_sets_can_leave(path):
+    with Chest(path=path, available_memory=1e6, nbytes=lambda _: 100) as c:
+        c["a"] = array = frozen()
+        c["y"] = "old"
+        c["b"] = ["old"]
+        c.flush()
+
+        def act():
+            c["y"] = "new"
+            c["b"] = ["new"]
+            c["other"] = [1]
+
+        weakref.finalize(array, act)
+        del array
+        c["z"] = [0]
+        c.evict()
+        assert (c["y"], c["b"]) == ("new", ["new"])
+        c._check()
+        c.available_memory = 0
+        assert c.memory_usage == 0
+        c._check()
+    with Chest(path=path) as c:
+        assert (c["y"], c["b"]) == ("new", ["new"])
+
+
+@pytest.mark.parametrize("when", ["pickled", "dies"])
+@pytest.mark.parametrize("how", ["set", "move"])
+def test_what_comes_and_changes_while_others_leave(path, when, how):
+    with Chest(path=path, available_memory=1e6, nbytes=lambda _: 100) as c:
+        value = Acting()
+        c.update({"b": [1], "x": [0], "a": value, "z": [0]})
+        c.flush()
+
+        def act():
+            if how == "set":
+                c["b"] = [1]
+                c.flush()
+            else:
+                c.move_to_disk("b")
+            c["b"].append(2)
+            c["x"]
+
+        value.does(when, act)
+        del value
+        c.evict()
+        assert c["b"] == [1, 2]
+        c._check()
+    with Chest(path=path) as c:
+        assert c["b"] == [1, 2]
+
+
+def test_what_is_read_is_in_hand_though_what_was_there_dies_and_reads(path):
+    with Chest(path=path, available_memory=0) as c:
+        c["k"], c["x"] = [1], [0]
+        c["a"] = value = Acting()
+        value.does("dies", lambda: c.get("x"))
+        del value
+        c["k"].append(3)
+        assert c["k"] == [1, 3]
+        c["b"] = value = Acting()
+        value.does("dies", lambda: c.get("x"))
+        del value
+        c.setdefault("new", []).append(3)
+        assert c["new"] == [3]
+        c._check()
+
+
+class Refusing(bytes):
+    def __reduce__(self):
+        raise TypeError
+
+
+def test_what_cannot_be_written_keeps_no_other_in_memory():
+    with Chest(available_memory=1000, nbytes=len) as c:
+        for n in range(15):
+            c[n] = Refusing(62)  # a cohort of its own
+        c["p"], c["q"] = b"x" * 60, b"x" * 60
+        assert c.memory_usage <= 1000
+        c._check()
+
+
+def test_what_is_collected_as_files_are_removed_cannot_commit_there(path, monkeypatch):
+    """It would give the name of a file that goes to one that counts."""
+    remove, refused = Directory._remove, []
+
+    def act():
+        c["k"] = ["C"]
+        try:
+            c.flush()
+        except RuntimeError as error:
+            refused.append(error)
+
+    def collect(self, name):
+        if garbage:
+            value = garbage.pop()
+            value.does("dies", act)
+            value.me = value
+            del value
+            gc.collect()
+        return remove(self, name)
+
+    monkeypatch.setattr(Directory, "_remove", collect)
+    garbage = []
+    with Chest(path=path) as c:
+        c["k"] = ["A"]
+        c.flush()
+        garbage.append(Acting())
+        c["k"] = ["B"]
+        c.flush()
+        assert refused
+        c._check()
+    with Chest(path=path) as c:
+        assert c["k"] == ["C"]
