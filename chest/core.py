@@ -5,9 +5,9 @@ then the large and the cold ones are written to files in the directory of the ch
 when they are asked for. A chest with a path is there again when it is opened the next time.
 
 What is promised: a commit is all or nothing; a value that cannot be written stays in memory; a
-value that is read is the one that was stored, or an error says that it is not; a value that you hold
-on to stays the chest's own. What is not: a part of a list or dict that you hold on to while other
-values are set or read is part of a copy by then, so get it again before you change it.
+value that is read is the one that was stored, or an error says that it is not; a value that you
+hold on to stays the chest's own. What is not: a part of a list or dict that you hold on to while
+other values are set or read is part of a copy by then, so get it again before you change it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import compress, islice, repeat
+from itertools import chain, compress, islice, repeat
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -35,7 +35,7 @@ REFERENCES = 1000  # kept before dead ones are looked for
 PATIENCE = 16  # operations between two looks at what is lent
 LOOKS = 32  # values, an operation
 FEW = 8  # values are kept whatever their size
-PARTS = 1000  # of a value, among which it is looked for
+DEPTH, BREADTH, PARTS = 100, 30, 100  # of a value, where it is looked for: so many parts of each
 
 _ALONE = next(map(sys.getrefcount, [object()]))  # what is counted of a value in one list
 _NOT_PARTS = (type, ModuleType, FunctionType, BuiltinFunctionType)
@@ -304,11 +304,19 @@ def are_lent(values: Sequence[Any], ours: int = 0) -> list[bool]:
 def contains_itself(value: Any) -> bool:
     """Tell whether a value is among its own first parts, their parts, and so on."""
     met, parts = {id(value)}, [value]
-    while parts and len(met) < PARTS:
-        found = [*islice(gc.get_referents(*parts), PARTS)]
+    for _ in range(DEPTH):
+        if not parts:
+            break
+        found = [*chain.from_iterable(map(_parts, parts))]
         if any(map(operator.is_, found, repeat(value))):
             return True
-        parts = [part for part in found if gc.is_tracked(part) and id(part) not in met]
-        parts = [part for part in parts if not isinstance(part, _NOT_PARTS)]
+        new = {id(part): part for part in found if gc.is_tracked(part) and id(part) not in met}
+        parts = [part for part in new.values() if not isinstance(part, _NOT_PARTS)][:BREADTH]
         met.update(map(id, parts))
     return False
+
+
+def _parts(whole: Any) -> list[Any]:
+    if type(whole) in (list, tuple, set, frozenset):  # to have the interpreter tell copies it all
+        return [*islice(whole, PARTS)]
+    return gc.get_referents(whole)[:PARTS]

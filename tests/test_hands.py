@@ -33,6 +33,13 @@ def tree():
     return root
 
 
+def broad_tree(n):
+    root = Node(*(Node() for _ in range(n)))
+    for child in root.children:
+        child.parent = root
+    return root
+
+
 @pytest.fixture(params=BUDGETS)
 def c(request, path):
     with Chest(path=path, available_memory=request.param) as chest:
@@ -290,6 +297,9 @@ def looped(depth, breadth):
         (lambda: [1, [2, {"k": (3, [])}]], False),
         (lambda: looped(0, 0), True),
         (lambda: looped(50, 3), True),
+        (lambda: looped(5, 10 * PARTS), False),  # that far nobody looks
+        (lambda: Node(*(tree() for _ in range(10 * PARTS))), False),
+        (lambda: broad_tree(10 * PARTS), True),
         (tree, True),
         (Node, False),
         (lambda: np.zeros(5), False),
