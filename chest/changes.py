@@ -144,6 +144,10 @@ class Changes(Residents):
 
     # -- in place ----------------------------------------------------------------------------------
 
+    @property
+    def _saves_changes(self) -> bool:
+        return self.options.writeback and not self.readonly
+
     def _hold(self, key: Hashable, value: Any) -> None:
         """Put a value in this thread's hand, and look at what was in it."""
         self._note(key)
@@ -213,7 +217,7 @@ class Changes(Residents):
 
     def _revive_changed(self) -> None:
         """Find every value that changed in place, in memory and alive elsewhere."""
-        if not self.options.writeback:
+        if not self._saves_changes:
             return
         self._find_changed([*self._loose])
         for key, value in self._hands.alive():
@@ -222,7 +226,7 @@ class Changes(Residents):
 
     def _find_changed(self, keys: list[Any]) -> None:
         """Mark those of these resident values dirty that changed in place."""
-        if self.readonly or not self.options.writeback:
+        if not self._saves_changes:
             return
         clean = [*filterfalse(self.dirty.__contains__, keys)]
         for start in range(0, len(clean), COMPARED):
@@ -247,6 +251,8 @@ class Changes(Residents):
         others : list
             Those of `keys` that have to be looked at one by one.
         """
+        if not self._saves_changes:
+            return [], []
         if not self.serializer.direct or self.ledger.changed:
             return [], keys
         try:
@@ -269,7 +275,7 @@ class Changes(Residents):
         """
         fixed = key not in self._loose if key in self.inmem else self._hands.is_fixed(key)
         fixed = fixed and not changeable(value)  # by now; an array may have been either
-        if fixed or self.readonly or not self.options.writeback:
+        if fixed or not self._saves_changes:
             return False
         row, replaced = self.ledger.rows.get(key, UNSAVED), self.ledger.changed
         digest = replaced[key] if key in replaced else self.ledger.digest(key)
@@ -288,16 +294,13 @@ class Changes(Residents):
             return True  # who writes it will be told
         return now != expected
 
-    def _may_change(self, value: Any) -> bool:
-        return self.options.writeback and not self.readonly and changeable(value)
-
     def _digest_as_loaded(self, value: Any, entry: Entry) -> int | None:
         """Return the digest that a value has that was just loaded, None if it has none.
 
         Often that of its file. But the same value may have several pickles: sets of str have
         another order in every process, and another protocol or class may have written it.
         """
-        if not self._may_change(value):
+        if not (self._saves_changes and changeable(value)):
             return entry.digest
         try:
             digest = self.serializer.digest(value, entry.length)
@@ -309,7 +312,7 @@ class Changes(Residents):
         self, ledger: Ledger, values: list[Any], rows: list[int]
     ) -> list[int | None]:
         """Do that for small values of certain rows, in few steps."""
-        if self.readonly or not self.options.writeback:
+        if not self._saves_changes:
             return [ledger.entry(row).digest for row in rows]
         streams = self.serializer.dumps_all(values)
         return [digest_bytes(some) if isinstance(some, bytes) else None for some in streams]

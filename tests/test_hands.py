@@ -176,6 +176,23 @@ def test_another_handle_that_replaces_what_is_lent(c):
     assert value == [97] * 30
 
 
+@pytest.mark.parametrize("options", [{"writeback": False}, {"readonly": True}])
+def test_what_may_not_change_is_not_compared(path, options):
+    with Chest({"a": [1], "b": [2], "x": np.zeros(20_000)}, path):
+        pass
+    with Chest(path=path, available_memory=0, **options) as c:
+        for key in "abx" * 3:
+            value = c[key]
+            value[0] = 7
+        c["a"], c["b"]
+        assert not c._memory.dirty
+        del value
+        c["b"], c["a"], c["b"]
+        assert not c._memory.dirty
+        assert c["a"] == [1]
+        c._check()
+
+
 # -- what does not stay in memory ------------------------------------------------------------------
 
 
