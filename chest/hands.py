@@ -72,7 +72,7 @@ class Hands:
         self.nbytes = 0
         self.settling = False
         self._times: dict[int, int] = {}  # by identity: under how many keys a value is kept
-        self._new: list[Any] = []  # the keys of those that were not looked at yet
+        self._new: list[Any] = []  # the keys of large ones that may contain themselves
         self._round = iter(list[Any]())
         self._left: dict[Any, weakref.ref[Any]] = {}
         self._limit = REFERENCES
@@ -91,7 +91,7 @@ class Hands:
         self.swap(key, value)
         if len(self.held) > THREADS:
             self.open_ended()
-        return self.alone(before) if self.kept else []
+        return self.alone(before) if before and before[0] in self.kept else []
 
     def swap(self, key: Hashable, value: Any) -> None:
         """Put a value in the hand of this thread, without the lock."""
@@ -108,7 +108,7 @@ class Hands:
         me = threading.get_ident()
         before = self.held.get(me, ())[:1]
         self._open(me)
-        return self.alone(before) if self.kept else []
+        return self.alone(before) if before and before[0] in self.kept else []
 
     def open_ended(self) -> None:
         """Empty the hands of threads that ended."""
@@ -151,7 +151,8 @@ class Hands:
         self.kept[key] = (size, value)
         self.nbytes += size
         self._times[id(value)] = self._times.get(id(value), 0) + 1
-        self._new.append(key)
+        if size >= LARGE:
+            self._new.append(key)
         if len(self._new) > 2 * (len(self.kept) + LOOKS):
             self._new = [*filter(self.kept.__contains__, self._new)]
 
@@ -193,8 +194,11 @@ class Hands:
 
     def forget(self, key: Hashable) -> None:
         """Forget what left under `key`: it is resident again, or replaced, or deleted."""
-        self._left.pop(key, None)
-        size, value = self.kept.pop(key, (0, None))
+        if self._left:
+            self._left.pop(key, None)
+        if key not in self.kept:
+            return
+        size, value = self.kept.pop(key)
         self.nbytes -= size
         times = self._times.pop(id(value), 0) - 1
         if times > 0:
@@ -224,8 +228,8 @@ class Hands:
         back : list
             The keys of those that nobody else has any more.
         refused : list
-            The keys of those that are to go all the same: they contain themselves, or are the
-            oldest, where more than a `FEW` take more than `room` bytes.
+            The keys of those that are to go all the same, where more than `room` bytes are taken:
+            large ones that contain themselves, and the oldest but for a `FEW`.
         """
         if not self._watches:
             self._dropped.clear()
@@ -235,7 +239,7 @@ class Hands:
             some = [*islice(self._round, None if every else LOOKS)]
         back, refused = self.alone(some), list[Any]()
         if (left := self.nbytes) > room:
-            new, self._new = {*self._new}.intersection(self.kept).difference(back), []
+            new, self._new = filter(self.kept.__contains__, dict.fromkeys(self._new)), []
             refused = [key for key in new if contains_itself(self.kept[key][1])]
             gone = {*back, *refused}
             left -= sum(self.kept[key][0] for key in gone)

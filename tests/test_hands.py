@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from chest import Chest
+from chest.eviction import LARGE
 from chest.hands import FEW, PARTS, contains_itself
 
 BUDGETS = [0, 100, 700, 1000, 5000, 10**6]
@@ -213,7 +214,7 @@ def test_what_nobody_has_any_more_goes_with_the_next_operation():
 def test_values_that_contain_themselves_are_not_kept():
     gc.disable()
     try:
-        with Chest(available_memory=0) as c:
+        with Chest(available_memory=0, nbytes=lambda _: LARGE) as c:
             for n in range(100):
                 c[n] = tree()
             assert len(c._memory._hands.kept) <= 2

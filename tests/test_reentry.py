@@ -163,11 +163,13 @@ def test_what_a_dying_array_sets_can_leave(path):
 
 @pytest.mark.parametrize("when", ["pickled", "dies"])
 @pytest.mark.parametrize("how", ["set", "move"])
-def test_what_comes_and_changes_while_others_leave(path, when, how):
+@pytest.mark.parametrize("after", [[0], "text"])
+def test_what_comes_and_changes_while_others_leave(path, when, how, after):
     with Chest(path=path, available_memory=1e6, nbytes=lambda _: 100) as c:
         value = Acting()
-        c.update({"b": [1], "x": [0], "a": value, "z": [0]})
+        c.update({"b": [1], "x": after, "a": value, "z": [0]})
         c.flush()
+        c.move_to_disk("x")
 
         def act():
             if how == "set":
