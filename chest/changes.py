@@ -18,7 +18,6 @@ from chest.residents import MISSING, Residents
 from chest.serialize import SMALL, UndumpableError, changeable, digest_bytes
 from chest.store import Store
 
-SLACK = 16  # one part in so many of the budget is made free at a time, or may be lent
 COMPARED = 256  # small values dumped at a time to be compared
 
 
@@ -107,7 +106,7 @@ class Changes(Residents):
             self.catch_up()
         if self._loads.unreleased:
             self._loads.release_what_is_left()
-        if self._hands.kept and self._hands.is_time(self.available / SLACK):
+        if self._hands.kept and self._hands.is_time():
             with self:
                 self._look_at_lent()
         if self.readonly and action is not None:
@@ -162,11 +161,13 @@ class Changes(Residents):
         """Settle what nobody has any more, of some of the values that are lent or of `every`."""
         hands = self._hands
         if not hands.settling:
-            back, refused = hands.due(self.available / SLACK, every=every)
+            back, refused = hands.due(every=every)
             self._settle(back)
             self._settle(refused, Hands.refuse)
 
-    def _settle(self, keys: list[Any], let_go: Callable[[Hands, Any], None] = Hands.let_go) -> None:
+    def _settle(
+        self, keys: list[Any], let_go: Callable[[Hands, Any, Any], None] = Hands.let_go
+    ) -> None:
         """Make values that changed while they were lent resident and dirty, let go of the others.
 
         What is pickled for it may come here, too, and leaves that to whom it interrupts.
@@ -179,14 +180,15 @@ class Changes(Residents):
         try:
             with hands.pinned():
                 keys = [*filterfalse(self.ledger.changed.__contains__, keys)]  # that comes next
+                entries = {key: hands.kept[key] for key in keys if key in hands.kept}
                 small = hands.kept_small(keys)
                 changed, others = self._compare(small, keys)
                 for key in changed:
                     self._revive(key, small[key])
                 del small  # else nothing is let go of
                 changed += [*filter(self._has_changed, others)]
-                for key in filterfalse({*changed}.__contains__, keys):
-                    let_go(self._hands, key)
+                for key in filterfalse({*changed}.__contains__, entries):
+                    let_go(hands, key, entries[key])
         finally:
             hands.settling = False
         for key in changed:

@@ -476,8 +476,7 @@ class Chest(Status, MutableMapping[K, V]):
     def available_memory(self, available: float | str | None) -> None:
         with self.lock:
             amount = budget(available)
-            self._memory.eviction.set_budget(amount)
-            self._memory.available = amount
+            self._memory.set_budget(amount)
             self._memory.make_room()
 
     def shrink(self) -> None:

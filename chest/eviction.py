@@ -25,6 +25,7 @@ from heapdict import heapdict
 LARGE = 64 * 1024  # bytes; a value from this size is a cohort of its own
 COHORT_BYTES = 256 * 1024
 COHORT_MEMBERS = 4096
+SLACK = 16  # one part in so many of the budget is made free at a time, or may be lent
 COHORTS = 16  # at least so many in a budget, so that little more leaves than has to
 CROSSOVER = 100_000  # bytes that are read in the time that opening a file takes
 MARKS_SLACK = 1000

@@ -22,8 +22,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from itertools import chain, compress, islice, repeat
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from itertools import chain, compress, filterfalse, islice, repeat
+from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 from chest.blocks import Steps, block
@@ -38,7 +38,8 @@ FEW = 8  # values are kept whatever their size
 DEPTH, BREADTH, PARTS = 100, 30, 100  # of a value, where it is looked for: so many parts of each
 
 _ALONE = next(map(sys.getrefcount, [object()]))  # what is counted of a value in one list
-_NOT_PARTS = (type, ModuleType, FunctionType, BuiltinFunctionType)
+_APART = (type, ModuleType, FunctionType, BuiltinFunctionType, FrameType, TracebackType)
+_PACKAGE = __name__.partition(".")[0]
 
 _value = operator.itemgetter(1)
 
@@ -58,6 +59,8 @@ class Hands:
         The values that are lent, each with its size in bytes; the oldest first.
     nbytes : int
         The sum of their sizes.
+    room : float
+        How many bytes they may take, but for a `FEW`.
     settling : bool
         True while those that came back are looked at.
 
@@ -66,10 +69,11 @@ class Hands:
     Everything but `swap` is called under the lock of the chest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: float = 0) -> None:
         self.held: dict[int, tuple[Any, Any]] = {}
         self.kept: dict[Any, tuple[int, Any]] = {}
         self.nbytes = 0
+        self.room = room
         self.settling = False
         self._times: dict[int, int] = {}  # by identity: under how many keys a value is kept
         self._new: list[Any] = []  # the keys of large ones that may contain themselves
@@ -134,7 +138,7 @@ class Hands:
         finally:
             if hand is not None:
                 self.swap(*hand)
-            self._watches -= 1
+            self._watches = max(self._watches - 1, 0)  # 0 by now if a hook was interrupted
             if not self._watches:
                 self._dropped = deque()
 
@@ -209,18 +213,18 @@ class Hands:
         entries = ((key, *self.kept[key]) for key in keys if key in self.kept)
         return {key: value for key, size, value in entries if size < LARGE}
 
-    def is_time(self, room: float) -> bool:
-        """Tell whether to look at what is lent: now and then, or where more than `room` bytes are.
+    def is_time(self, *, is_hit: bool = False) -> bool:
+        """Tell whether to look at what is lent: now and then, so that it is at several at a time.
 
-        So that small values are compared several at a time.
+        Where that takes more than its room, it is at each operation that is no hit.
         """
         self._patience -= 1
-        if self._patience > 0 and self.nbytes <= room:
+        if self._patience > 0 and (is_hit or self.nbytes <= self.room):
             return False
         self._patience = PATIENCE
         return True
 
-    def due(self, room: float, *, every: bool = False) -> tuple[list[Any], list[Any]]:
+    def due(self, *, every: bool = False) -> tuple[list[Any], list[Any]]:
         """Look at some of the values that are lent, or at `every` one.
 
         Returns
@@ -228,28 +232,36 @@ class Hands:
         back : list
             The keys of those that nobody else has any more.
         refused : list
-            The keys of those that are to go all the same, where more than `room` bytes are taken:
+            The keys of those that are to go all the same, where the others take too much room:
             large ones that contain themselves, and the oldest but for a `FEW`.
         """
         if not self._watches:
             self._dropped.clear()
-        some = [] if every else [*islice(self._round, LOOKS)]
+        if every or self.nbytes > self.room:
+            back = self.alone(self.kept)
+            return back, self._excess({*back})
+        some = [*islice(self._round, LOOKS)]
         if not some:
             self._round = iter([*self.kept])
-            some = [*islice(self._round, None if every else LOOKS)]
-        back, refused = self.alone(some), list[Any]()
-        if (left := self.nbytes) > room:
-            new, self._new = filter(self.kept.__contains__, dict.fromkeys(self._new)), []
-            refused = [key for key in new if contains_itself(self.kept[key][1])]
-            gone = {*back, *refused}
-            left -= sum(self.kept[key][0] for key in gone)
-            for key in islice(self.kept, max(len(self.kept) - FEW, 0)):
-                if left <= room:
-                    break
-                if key not in gone:
-                    left -= self.kept[key][0]
-                    refused.append(key)
-        return back, refused
+            some = [*islice(self._round, LOOKS)]
+        return self.alone(some), []
+
+    def _excess(self, back: set[Any]) -> list[Any]:
+        """Return the keys of what is to go besides those that come back."""
+        lent = [*filterfalse(back.__contains__, self.kept)]
+        left = sum(self.kept[key][0] for key in lent)
+        if left <= self.room:
+            return []
+        new, self._new = {*self._new}, []
+        refused = {key for key in lent if key in new and contains_itself(self.kept[key][1])}
+        left -= sum(self.kept[key][0] for key in refused)
+        lent = [*filterfalse(refused.__contains__, lent)]
+        for key in lent[: max(len(lent) - FEW, 0)]:
+            if left <= self.room:
+                break
+            left -= self.kept[key][0]
+            refused.add(key)
+        return [*refused]
 
     def alone(self, keys: Iterable[Any]) -> list[Any]:
         """Return the keys of those values that are kept, and that nobody else has."""
@@ -260,18 +272,16 @@ class Hands:
         found = zip(keys, counts, times, strict=True)
         return [key for key, count, here in found if count < _ALONE + here]
 
-    def let_go(self, key: Hashable) -> None:
+    def let_go(self, key: Hashable, entry: tuple[int, Any]) -> None:
         """Let go of a kept value that is as the disk holds it, unless somebody has it again."""
-        if key in self.kept and self.alone([key]):
-            _ = self.kept[key]  # it dies when all this is done
+        if self.kept.get(key) is entry and self.alone([key]):
             self.forget(key)
 
-    def refuse(self, key: Hashable) -> None:
+    def refuse(self, key: Hashable, entry: tuple[int, Any]) -> None:
         """Let go of a kept value that is as the disk holds it, whoever has it."""
-        if key in self.kept:
-            _, value = self.kept[key]
+        if self.kept.get(key) is entry:
             self.forget(key)
-            self.remember(key, value)
+            self.remember(key, entry[1])
 
     def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Forget what is resident, or deleted, after all."""
@@ -315,9 +325,14 @@ def contains_itself(value: Any) -> bool:
         if any(map(operator.is_, found, repeat(value))):
             return True
         new = {id(part): part for part in found if gc.is_tracked(part) and id(part) not in met}
-        parts = [part for part in new.values() if not isinstance(part, _NOT_PARTS)][:BREADTH]
+        parts = [*islice(filterfalse(_is_apart, new.values()), BREADTH)]
         met.update(map(id, parts))
     return False
+
+
+def _is_apart(part: Any) -> bool:
+    """Tell whether a value has something, but does not hold it: a class, a chest."""
+    return isinstance(part, _APART) or type(part).__module__.partition(".")[0] == _PACKAGE
 
 
 def _parts(whole: Any) -> list[Any]:

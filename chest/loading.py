@@ -54,6 +54,8 @@ class Loading(Changes):
         else:
             self._touched[key] = (size, touches + 1)
         self._hands.swap(key, value)
+        if self._hands.kept and self._hands.is_time(is_hit=True):
+            self._if_free(self._look_at_lent)
         # Another thread may have begun a transaction, or deleted it, or spilled it before it was in
         # the hand.
         ledger = self.ledger
@@ -200,6 +202,8 @@ class Loading(Changes):
             try:
                 if self.ledger is not ledger or self.head[1] != self.seen:
                     return False
+                if self._hands.kept and self._hands.is_time():
+                    self._look_at_lent()
                 if (
                     ledger.rows.get(key) == row
                     and key not in self.inmem

@@ -24,7 +24,7 @@ from typing import Any, NoReturn, Self
 from chest.aliases import UNSAVED
 from chest.columns import is_plain
 from chest.errors import ChestClosedError, KeyTypeError, locating, say, told
-from chest.eviction import Eviction
+from chest.eviction import SLACK, Eviction
 from chest.hands import Hands
 from chest.ledger import Ledger
 from chest.loads import Loads
@@ -128,9 +128,15 @@ class Residents(ABC):
         self._as_loaded: dict[Any, int | None] = {}
         self.dirty: dict[Any, int] = {}  # with the bytes that the disk holds beyond their sizes
         self._shrunk = 0  # the sum of these
-        self._hands = Hands()
+        self._hands = Hands(self.available / SLACK)
         self.eviction = Eviction(self.available)
         self._arm()
+
+    def set_budget(self, available: float) -> None:
+        """Let values take so many bytes from now on; needs the lock."""
+        self.eviction.set_budget(available)  # first: it raises where the chest is closed
+        self.available = available
+        self._hands.room = available / SLACK
 
     def _arm(self) -> None:
         """Let hits look at what is current: they take all that they need in one step."""

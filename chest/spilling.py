@@ -14,9 +14,9 @@ from collections.abc import Hashable, Iterable
 from itertools import compress, filterfalse, repeat
 from typing import Any
 
-from chest.changes import SLACK
 from chest.columns import gather
 from chest.errors import UnsavedError, say, show
+from chest.eviction import SLACK
 from chest.hands import are_lent
 from chest.progress import Tally
 from chest.saving import Saving

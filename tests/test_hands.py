@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 import weakref
+from collections import deque
 from itertools import pairwise
 
 import numpy as np
@@ -25,6 +26,17 @@ class Node:
     def __init__(self, *children):
         self.children = [*children]
         self.parent = None
+
+
+class Knowing(Node):
+    """Knows the chest that it is in, and does not take that along."""
+
+    def __init__(self, chest):
+        super().__init__()
+        self.chest = chest
+
+    def __getstate__(self):
+        return {}
 
 
 def tree():
@@ -224,6 +236,59 @@ def test_values_that_contain_themselves_are_not_kept():
             c._check()
     finally:
         gc.enable()
+
+
+def test_what_a_window_over_records_held_goes(path):
+    with Chest({n: Node() for n in range(5000)}, path) as c:
+        c.flush()
+    with Chest(path=path, available_memory=200_000) as c:
+        window = deque(maxlen=100)
+        values = weakref.WeakSet()
+        for n in range(5000):
+            window.append(c[n])
+            values.add(window[-1])
+            assert c._memory._hands.nbytes <= 40_000
+        del window
+        c.evict()
+        assert len(values) <= len(c.inmem) + 50
+        c._check()
+
+
+def test_a_large_value_that_nobody_has_goes_though_only_hits_follow():
+    with Chest(available_memory=10_000) as c:
+        c["large"], c["small"] = Node(), [1]
+        c["large"].children = [bytes(100_000)]
+        c.move_to_disk("large")
+        value = weakref.ref(c["large"])
+        assert value() is not None
+        for _ in range(20):
+            c["small"]
+        assert value() is None
+
+
+def test_values_that_nobody_has_take_no_place_of_those_that_are_held():
+    with Chest(available_memory=1e6, nbytes=lambda _: 1000) as c:
+        for n in range(30):
+            c[n] = [n]
+        mine, others = c[0], [c[n] for n in range(1, 13)]
+        c[29]
+        c.available_memory = 0
+        del others
+        c["x"] = [1]
+        mine.append("kept")
+        c["y"] = [2]
+        assert c[0] == [0, "kept"]
+
+
+def test_a_value_that_knows_the_chest_is_none_that_contains_itself():
+    with Chest(available_memory=0, nbytes=lambda _: LARGE) as c:
+        c["x"] = mine = [Knowing(c)]
+        for _ in range(5):
+            c["y"] = [2]
+        mine.append("kept")
+        del mine
+        c["y"] = [3]
+        assert len(c["x"]) == 2
 
 
 def test_one_object_under_many_keys_goes_where_all_of_them_left():

@@ -205,6 +205,50 @@ def test_what_is_read_is_in_hand_though_what_was_there_dies_and_reads(path):
         c._check()
 
 
+def test_a_hook_that_is_interrupted_and_goes_on_leaves_nothing_watched(path):
+    def interrupted(key):
+        if key == "k":
+            try:
+                with c._memory:
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                len(c)
+                c.get("none")
+
+    with Chest(path=path, available_memory=0, on_overflow=interrupted) as c:
+        c["k"] = [1]
+        c.move_to_disk("k")
+        values = [Acting() for _ in range(10)]
+        references = [*map(weakref.ref, values)]
+        for n, value in enumerate(values):
+            c[n] = value
+        del value, values
+        c.get("none")
+        c["last"] = [1]
+        c.get("none")
+        assert not any(reference() for reference in references)
+        c._check()
+
+
+def test_what_is_set_anew_after_a_clear_is_not_taken_for_what_was_there(path):
+    def act():
+        c.clear()
+        c["k"] = [1]
+        c["z"] = [5]
+        c["k"].append(2)
+        c["z"]
+
+    with Chest(path=path, available_memory=0) as c:
+        c["k"] = value = Acting()
+        c["x"] = [1]
+        value.does("pickled", act)
+        del value
+        c["y"] = [6]
+        c["y"]
+        assert c["k"] == [1, 2]
+        c._check()
+
+
 class Refusing(bytes):
     def __reduce__(self):
         raise TypeError
