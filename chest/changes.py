@@ -176,23 +176,29 @@ class Changes(Residents):
         if hands.settling or not keys:
             return
         hands.settling = True
-        changed = list[Any]()
         try:
             with hands.pinned():
-                keys = [*filterfalse(self.ledger.changed.__contains__, keys)]  # that comes next
-                entries = {key: hands.kept[key] for key in keys if key in hands.kept}
-                small = hands.kept_small(keys)
-                changed, others = self._compare(small, keys)
-                for key in changed:
-                    self._revive(key, small[key])
-                del small  # else nothing is let go of
-                changed += [*filter(self._has_changed, others)]
-                for key in filterfalse({*changed}.__contains__, entries):
-                    let_go(hands, key, entries[key])
+                changed = self._revive_or_let_go(hands, keys, let_go)
         finally:
             hands.settling = False
         for key in changed:
             self._make_room(key)
+
+    def _revive_or_let_go(
+        self, hands: Hands, keys: list[Any], let_go: Callable[[Hands, Any, Any], None]
+    ) -> list[Any]:
+        # What is referred to here is not let go of for good before this returns.
+        keys = [*filterfalse(self.ledger.changed.__contains__, keys)]  # that comes next
+        entries = {key: hands.kept[key] for key in keys if key in hands.kept}
+        small = hands.kept_small(keys)
+        changed, others = self._compare(small, keys)
+        for key in changed:
+            self._revive(key, small[key])
+        del small  # else nothing is let go of at all
+        changed += [*filter(self._has_changed, others)]
+        for key in filterfalse({*changed}.__contains__, entries):
+            let_go(hands, key, entries[key])
+        return changed
 
     def _has_changed(self, key: Hashable) -> bool:
         """Make a value resident and dirty if it changed while it was not; return whether it did."""

@@ -209,7 +209,8 @@ def test_what_may_not_change_is_not_compared(path, options):
 # -- what does not stay in memory ------------------------------------------------------------------
 
 
-def test_what_nobody_has_any_more_goes_with_the_next_operation():
+@pytest.mark.parametrize("changes", [False, True])
+def test_what_nobody_has_any_more_goes_with_the_next_operation(changes):
     with Chest(available_memory=0) as c:
         c["x"] = value = Node()
         reference = weakref.ref(value)
@@ -217,9 +218,12 @@ def test_what_nobody_has_any_more_goes_with_the_next_operation():
         for _ in range(3):
             c.get("none")
         assert reference() is value
+        if changes:
+            value.parent = "changed"
         del value
         c.get("none")
         assert reference() is None
+        assert c["x"].parent == ("changed" if changes else None)
         c._check()
 
 
