@@ -200,10 +200,10 @@ class Loading(Changes):
         digest = where[3] if fixed else self._digest_as_loaded(value, Entry(*where))
         with self.lock:
             try:
-                if self.ledger is not ledger or self.head[1] != self.seen:
-                    return False
                 if self._hands.kept and self._hands.is_time():
                     self._look_at_lent()
+                if self.ledger is not ledger or self.head[1] != self.seen:
+                    return False
                 if (
                     ledger.rows.get(key) == row
                     and key not in self.inmem
