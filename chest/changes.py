@@ -177,7 +177,7 @@ class Changes(Residents):
             return
         hands.settling = True
         try:
-            with hands.pinned():
+            with hands.watched():
                 changed = self._revive_or_let_go(hands, keys, let_go)
         finally:
             hands.settling = False

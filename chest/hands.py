@@ -5,12 +5,13 @@ any more, and then is compared with what the disk holds. So ``c['a'].extend(c['b
 where the two do not fit in memory together.
 
 What a thread set or was handed last is in its *hand* until it sets or is handed another value. So
-``c['a']['b'].append(3)`` counts although nobody refers to the value of ``'a'`` any more.
+``c['a']['b'].append(3)`` counts, though another thread makes room just as nobody refers to the value
+of ``'a'`` any more.
 
 References are counted, as CPython does: a value is lent where it has more of them than are held
-here. What contains itself has such references from within. It is not kept, nor is the oldest where
-much is; those that can be are remembered by weak references. All of them come back as the same
-object, and may have changed meanwhile.
+here. What contains itself has such references from within. Where much is kept, large values of that
+kind are let go of, and the oldest; as far as they can be, they are remembered by weak references.
+All that is kept or remembered comes back as the same object, and may have changed meanwhile.
 """
 
 from __future__ import annotations
@@ -99,13 +100,11 @@ class Hands:
 
     def swap(self, key: Hashable, value: Any) -> None:
         """Put a value in the hand of this thread, without the lock."""
-        me, hand = threading.get_ident(), (key, value)
-        while self.held.get(me) is not hand:
-            before = self.held.get(me)
-            self.held[me] = hand
-            if self._watches and before is not None:
-                self._dropped.append(before)
-            del before  # which may die here, and take others in hand as it does
+        me = threading.get_ident()
+        before = self.held.get(me)
+        self.held[me] = (key, value)
+        if self._watches and before is not None:
+            self._dropped.append(before)
 
     def empty(self) -> list[Any]:
         """Empty the hand of this thread; return what `hold` does."""
@@ -125,19 +124,12 @@ class Hands:
             self._dropped.append(hand)
 
     @block
-    def pinned(self) -> Steps:
-        """Keep what is in the hand of this thread there, whatever hooks take meanwhile.
-
-        What any hand lets go of counts as lent until the end.
-        """
-        me = threading.get_ident()
-        hand = self.held.get(me)
+    def watched(self) -> Steps:
+        """Count what any hand lets go of as lent, until the end: hooks may have changed it."""
         self._watches += 1
         try:
             yield
         finally:
-            if hand is not None:
-                self.swap(*hand)
             self._watches = max(self._watches - 1, 0)  # 0 by now if a hook was interrupted
             if not self._watches:
                 self._dropped = deque()

@@ -233,10 +233,10 @@ class Spilling(Saving):
 
     def _evict(self, keys: list[Any]) -> dict[Any, Exception]:
         """Let resident values go; return those that cannot be written, which stay."""
-        with self._hands.pinned():  # hooks may take other values in hand
-            return self._evict_pinned(keys)
+        with self._hands.watched():  # hooks may take other values in hand
+            return self._evict_watched(keys)
 
-    def _evict_pinned(self, keys: list[Any]) -> dict[Any, Exception]:
+    def _evict_watched(self, keys: list[Any]) -> dict[Any, Exception]:
         if not self._loose and not self.dirty and self.options.on_overflow is None:
             self._let_go(keys)
             self.eviction.stay(filter(self.inmem.__contains__, keys))
