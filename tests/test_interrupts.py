@@ -1378,9 +1378,8 @@ def test_no_interrupt_comes_as_a_pack_is_closed(path):
 
 
 def test_a_deletion_that_is_interrupted_as_it_looks_at_what_was_lent(path, monkeypatch):
-    with Chest({"a": [1], "b": [2], "c": 3}, path) as c:
+    with Chest({"a": [1], "b": [2], "c": 3}, path, available_memory=0) as c:
         value = c["a"]
-        c.move_to_disk("a")
         value.append("change")
         c["b"]
         del value
