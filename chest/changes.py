@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from itertools import compress, filterfalse
 from typing import Any
 
@@ -159,15 +159,10 @@ class Changes(Residents):
 
     def _look_at_lent(self, *, every: bool = False) -> None:
         """Settle what nobody has any more, of some of the values that are lent or of `every`."""
-        hands = self._hands
-        if not hands.settling:
-            back, refused = hands.due(every=every)
-            self._settle(back)
-            self._settle(refused, Hands.refuse)
+        if not self._hands.settling:
+            self._settle(self._hands.due(every=every))
 
-    def _settle(
-        self, keys: list[Any], let_go: Callable[[Hands, Any, Any], None] = Hands.let_go
-    ) -> None:
+    def _settle(self, keys: list[Any]) -> None:
         """Make values that changed while they were lent resident and dirty, let go of the others.
 
         What is pickled for it may come here, too, and leaves that to whom it interrupts.
@@ -178,15 +173,13 @@ class Changes(Residents):
         hands.settling = True
         try:
             with hands.watched():
-                changed = self._revive_or_let_go(hands, keys, let_go)
+                changed = self._revive_or_let_go(hands, keys)
         finally:
             hands.settling = False
         for key in changed:
             self._make_room(key)
 
-    def _revive_or_let_go(
-        self, hands: Hands, keys: list[Any], let_go: Callable[[Hands, Any, Any], None]
-    ) -> list[Any]:
+    def _revive_or_let_go(self, hands: Hands, keys: list[Any]) -> list[Any]:
         # What is referred to here is not let go of for good before this returns.
         keys = [*filterfalse(self.ledger.changed.__contains__, keys)]  # that comes next
         entries = {key: hands.kept[key] for key in keys if key in hands.kept}
@@ -194,10 +187,10 @@ class Changes(Residents):
         changed, others = self._compare(small, keys)
         for key in changed:
             self._revive(key, small[key])
-        del small  # else nothing is let go of at all
+        del small  # else all of them are lent
         changed += [*filter(self._has_changed, others)]
         for key in filterfalse({*changed}.__contains__, entries):
-            let_go(hands, key, entries[key])
+            hands.let_go(key, entries[key])
         return changed
 
     def _has_changed(self, key: Hashable) -> bool:

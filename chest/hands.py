@@ -5,8 +5,8 @@ any more, and then is compared with what the disk holds. So ``c['a'].extend(c['b
 where the two do not fit in memory together.
 
 What a thread set or was handed last is in its *hand* until it sets or is handed another value. So
-``c['a']['b'].append(3)`` counts, though another thread makes room just as nobody refers to the value
-of ``'a'`` any more.
+``c['a']['b'].append(3)`` counts, though another thread makes room just as nobody refers to the
+value of ``'a'`` any more.
 
 References are counted, as CPython does: a value is lent where it has more of them than are held
 here. What contains itself has such references from within. Where much is kept, large values of that
@@ -216,27 +216,20 @@ class Hands:
         self._patience = PATIENCE
         return True
 
-    def due(self, *, every: bool = False) -> tuple[list[Any], list[Any]]:
-        """Look at some of the values that are lent, or at `every` one.
+    def due(self, *, every: bool = False) -> list[Any]:
+        """Look at some of the values that are lent, or at `every` one; return the keys of some.
 
-        Returns
-        -------
-        back : list
-            The keys of those that nobody else has any more.
-        refused : list
-            The keys of those that are to go all the same, where the others take too much room:
-            large ones that contain themselves, and the oldest but for a `FEW`.
+        They are those that nobody else has any more and, where the others take too much room, large
+        ones that contain themselves, and the oldest but for a `FEW`.
         """
-        if not self._watches:
-            self._dropped.clear()
         if every or self.nbytes > self.room:
             back = self.alone(self.kept)
-            return back, self._excess({*back})
+            return back + self._excess({*back})
         some = [*islice(self._round, LOOKS)]
         if not some:
             self._round = iter([*self.kept])
             some = [*islice(self._round, LOOKS)]
-        return self.alone(some), []
+        return self.alone(some)
 
     def _excess(self, back: set[Any]) -> list[Any]:
         """Return the keys of what is to go besides those that come back."""
@@ -245,15 +238,15 @@ class Hands:
         if left <= self.room:
             return []
         new, self._new = {*self._new}, []
-        refused = {key for key in lent if key in new and contains_itself(self.kept[key][1])}
-        left -= sum(self.kept[key][0] for key in refused)
-        lent = [*filterfalse(refused.__contains__, lent)]
+        gone = {key for key in lent if key in new and contains_itself(self.kept[key][1])}
+        left -= sum(self.kept[key][0] for key in gone)
+        lent = [*filterfalse(gone.__contains__, lent)]
         for key in lent[: max(len(lent) - FEW, 0)]:
             if left <= self.room:
                 break
             left -= self.kept[key][0]
-            refused.add(key)
-        return [*refused]
+            gone.add(key)
+        return [*gone]
 
     def alone(self, keys: Iterable[Any]) -> list[Any]:
         """Return the keys of those values that are kept, and that nobody else has."""
@@ -265,15 +258,12 @@ class Hands:
         return [key for key, count, here in found if count < _ALONE + here]
 
     def let_go(self, key: Hashable, entry: tuple[int, Any]) -> None:
-        """Let go of a kept value that is as the disk holds it, unless somebody has it again."""
-        if self.kept.get(key) is entry and self.alone([key]):
-            self.forget(key)
-
-    def refuse(self, key: Hashable, entry: tuple[int, Any]) -> None:
-        """Let go of a kept value that is as the disk holds it, whoever has it."""
+        """Let go of a kept value that is as the disk holds it, if it was not handed out since."""
         if self.kept.get(key) is entry:
+            is_lent = not self.alone([key])
             self.forget(key)
-            self.remember(key, entry[1])
+            if is_lent:
+                self.remember(key, entry[1])
 
     def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Forget what is resident, or deleted, after all."""
