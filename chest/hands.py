@@ -21,7 +21,7 @@ import operator
 import sys
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import chain, compress, filterfalse, islice, repeat
 from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType, TracebackType
@@ -77,7 +77,7 @@ class Hands:
         self.room = room
         self.settling = False
         self._times: dict[int, int] = {}  # by identity: under how many keys a value is kept
-        self._new: list[Any] = []  # the keys of large ones that may contain themselves
+        self._new: set[Any] = set()  # the keys of large ones that may contain themselves
         self._round = iter(list[Any]())
         self._left: dict[Any, weakref.ref[Any]] = {}
         self._limit = REFERENCES
@@ -148,9 +148,7 @@ class Hands:
         self.nbytes += size
         self._times[id(value)] = self._times.get(id(value), 0) + 1
         if size >= LARGE:
-            self._new.append(key)
-        if len(self._new) > 2 * (len(self.kept) + LOOKS):
-            self._new = [*filter(self.kept.__contains__, self._new)]
+            self._new.add(key)
 
     def keep_some(
         self, keys: list[Any], values: Sequence[Any], sizes: list[int], which: Iterable[bool]
@@ -194,6 +192,7 @@ class Hands:
             self._left.pop(key, None)
         if key not in self.kept:
             return
+        self._new.discard(key)
         size, value = self.kept.pop(key)
         self.nbytes -= size
         times = self._times.pop(id(value), 0) - 1
@@ -211,10 +210,7 @@ class Hands:
         Where that takes more than its room, it is at each operation that is no hit.
         """
         self._patience -= 1
-        if self._patience > 0 and (is_hit or self.nbytes <= self.room):
-            return False
-        self._patience = PATIENCE
-        return True
+        return self._patience <= 0 or not (is_hit or self.nbytes <= self.room)
 
     def due(self, *, every: bool = False) -> list[Any]:
         """Look at some of the values that are lent, or at `every` one; return the keys of some.
@@ -222,6 +218,7 @@ class Hands:
         They are those that nobody else has any more and, where the others take too much room, large
         ones that contain themselves, and the oldest but for a `FEW`.
         """
+        self._patience = PATIENCE
         if every or self.nbytes > self.room:
             back = self.alone(self.kept)
             return back + self._excess({*back})
@@ -232,13 +229,15 @@ class Hands:
         return self.alone(some)
 
     def _excess(self, back: set[Any]) -> list[Any]:
-        """Return the keys of what is to go besides those that come back."""
+        """Return the keys of what is to go besides those that come back, but is in no hand."""
         lent = [*filterfalse(back.__contains__, self.kept)]
         left = sum(self.kept[key][0] for key in lent)
         if left <= self.room:
             return []
-        new, self._new = {*self._new}, []
-        gone = {key for key in lent if key in new and contains_itself(self.kept[key][1])}
+        in_hand = {id(value) for _, value in [*self.held.values()]}
+        lent = [key for key in lent if id(self.kept[key][1]) not in in_hand]
+        gone = {key for key in lent if key in self._new and contains_itself(self.kept[key][1])}
+        self._new.difference_update(lent)
         left -= sum(self.kept[key][0] for key in gone)
         lent = [*filterfalse(gone.__contains__, lent)]
         for key in lent[: max(len(lent) - FEW, 0)]:
@@ -268,13 +267,13 @@ class Hands:
     def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Forget what is resident, or deleted, after all."""
         self.settling, self._watches = False, 0
-        kept = [(key, *entry) for key, entry in self.kept.items()]
-        left = {key: value for key, value in self._left.items() if key in rows and key not in inmem}
-        self.kept, self.nbytes, self._times, self._new = {}, 0, {}, []
-        for key, size, value in kept:
-            if key in rows and key not in inmem:
-                self.keep(key, value, size)
-        self._left = left
+        kept = {k: some for k, some in self.kept.items() if k in rows and k not in inmem}
+        left = {k: some for k, some in self._left.items() if k in rows and k not in inmem}
+        # Whatever is interrupted here is done again, as long as nothing is missing from `kept`.
+        self._left, self._new = left, {key for key, (size, _) in kept.items() if size >= LARGE}
+        self.nbytes = sum(size for size, _ in kept.values())
+        self._times = dict(Counter(id(value) for _, value in kept.values()))
+        self.kept = kept
 
     def alive(self) -> list[tuple[Any, Any]]:
         """Return all that left and is alive, as pairs of key and value."""
@@ -314,7 +313,8 @@ def contains_itself(value: Any) -> bool:
 
 def _is_apart(part: Any) -> bool:
     """Tell whether a value has something, but does not hold it: a class, a chest."""
-    return isinstance(part, _APART) or type(part).__module__.partition(".")[0] == _PACKAGE
+    kind = type(part)  # what a value says of its class may be an error
+    return issubclass(kind, _APART) or str(kind.__module__).partition(".")[0] == _PACKAGE
 
 
 def _parts(whole: Any) -> list[Any]:

@@ -287,7 +287,7 @@ class Loading(Changes):
                     return (value,)
                 value = self._hands.get(key, MISSING)
                 row = self.ledger.rows.get(key, UNSAVED)
-                if value is not MISSING:
+                if value is not MISSING and row >= 0:
                     if not changeable(value) and self._has_changed(key):
                         continue
                     size = self.measure(value)

@@ -143,6 +143,7 @@ class Spilling(Saving):
             if (
                 self.head[1] != self.seen
                 or self._hands.held
+                or (self._hands.kept and self._hands.is_time(is_hit=True))
                 or eviction.total + size > self.available
                 or self.readonly
                 or self._outdated > OUTDATED

@@ -284,6 +284,41 @@ def test_values_that_nobody_has_take_no_place_of_those_that_are_held():
         assert c[0] == [0, "kept"]
 
 
+def test_what_is_in_hand_is_not_let_go_of_however_much_is_lent():
+    with Chest(available_memory=1e6, nbytes=lambda _: 1000) as c:
+        for n in range(30):
+            c[n] = [n]
+        values = [c[n] for n in range(20)]
+        mine = c[0]  # the oldest, and what this thread was handed last
+        c.available_memory = 0
+        c.get("none")
+        mine.append("kept")
+        c["x"] = [1]
+        assert c[0] == [0, "kept"]
+        assert len(values) == 20
+
+
+def test_a_large_value_that_nobody_has_goes_as_small_ones_are_set():
+    with Chest(available_memory=10_000) as c:
+        c["large"] = large = Node(bytes(100_000))
+        c["x"] = [1]
+        c["x"] = "text"
+        value = weakref.ref(large)
+        del large
+        for n in range(20):
+            c[n] = "text"
+        assert value() is None
+
+
+def test_a_part_that_does_not_tell_its_class():
+    class Unbound:
+        @property
+        def __class__(self):
+            raise RuntimeError
+
+    assert not contains_itself([Unbound(), [Unbound()]])
+
+
 def test_a_value_that_knows_the_chest_is_none_that_contains_itself():
     with Chest(available_memory=0, nbytes=lambda _: LARGE) as c:
         c["x"] = mine = [Knowing(c)]

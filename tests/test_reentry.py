@@ -93,6 +93,25 @@ def test_nor_is_what_another_handle_deleted(two, act):
     assert "k" not in o
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", [list, Acting])
+def test_what_is_lent_and_was_deleted_elsewhere_is_no_more(path, kind):
+    with Chest(path=path, available_memory=0) as c, Chest(path=path) as o:
+        c["a"] = acting = Acting()
+        value = c["k"] = kind()
+        c["b"] = [2]
+        c.flush()
+        del o["k"]
+        o["a"] = 5
+        o.flush()
+        found = []
+        acting.does("pickled", lambda: found.append(c.get("k", "nothing")))
+        c["b"]
+        assert found in ([value], ["nothing"])
+        assert "k" not in c
+        c._check()
+
+
 def test_what_is_set_as_its_deletion_is_taken_in_is_counted_once(two):
     c, o = two
     c["a"].does("pickled", partial(c.__setitem__, "k", "text"))
