@@ -306,7 +306,7 @@ def test_a_large_value_that_nobody_has_goes_as_small_ones_are_set():
         value = weakref.ref(large)
         del large
         for n in range(20):
-            c[n] = "text"
+            c[f"k{n}"] = "text"
         assert value() is None
 
 

@@ -101,8 +101,8 @@ def test_what_is_lent_and_was_deleted_elsewhere_is_no_more(path, kind):
         value = c["k"] = kind()
         c["b"] = [2]
         c.flush()
+        o["a"] = 5  # which is taken in first
         del o["k"]
-        o["a"] = 5
         o.flush()
         found = []
         acting.does("pickled", lambda: found.append(c.get("k", "nothing")))
