@@ -67,7 +67,7 @@ class Hands:
 
     Notes
     -----
-    Everything but `swap` is called under the lock of the chest.
+    Everything but `swap` and `is_time` is called under the lock of the chest.
     """
 
     def __init__(self, room: float = 0) -> None:
@@ -164,6 +164,7 @@ class Hands:
         With `fixed` it could not change so far. Only the array of somebody who has it can be made
         read-only since, after it was changed.
         """
+        self.forget(key)
         if type(value).__weakrefoffset__:
             self._left[key] = _FixedReference(value) if fixed else weakref.ref(value)
             if len(self._left) > self._limit:
@@ -259,9 +260,9 @@ class Hands:
     def let_go(self, key: Hashable, entry: tuple[int, Any]) -> None:
         """Let go of a kept value that is as the disk holds it, if it was not handed out since."""
         if self.kept.get(key) is entry:
-            is_lent = not self.alone([key])
-            self.forget(key)
-            if is_lent:
+            if self.alone([key]):
+                self.forget(key)
+            else:
                 self.remember(key, entry[1])
 
     def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:

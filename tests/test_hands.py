@@ -189,6 +189,23 @@ def test_another_handle_that_replaces_what_is_lent(c):
     assert value == [97] * 30
 
 
+def test_an_array_that_is_made_read_only_while_it_is_lent():
+    with Chest(available_memory=0) as c:
+        c["x"] = array = np.zeros(10)
+        c["y"] = [1]
+        array.flags.writeable = False
+        assert c["x"] is array
+        c._check()
+        c["y"]
+        array.flags.writeable = True
+        array[3] = 1
+        c.flush()
+        c._check()
+        del array
+        c["y"]
+        assert c["x"][3] == 1
+
+
 @pytest.mark.parametrize("options", [{"writeback": False}, {"readonly": True}])
 def test_what_may_not_change_is_not_compared(path, options):
     with Chest({"a": [1], "b": [2], "x": np.zeros(20_000)}, path):
