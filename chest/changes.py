@@ -321,7 +321,7 @@ class Changes(Residents):
     def _note_as_loaded(self, key: Hashable, digest: int | None) -> None:
         """Note the digest of a value that is about to be in memory; forget those of the gone."""
         known = self._as_loaded
-        if len(known) > 2 * (len(self.inmem) + len(self._hands.kept)) + COMPARED:
+        if len(known) > 2 * (len(self.inmem) + len(self._hands)) + COMPARED:
             here = self.inmem
             self._as_loaded = {k: d for k, d in known.items() if k in here or self._hands.knows(k)}
         self._as_loaded[key] = digest

@@ -143,12 +143,15 @@ class Hands:
 
     def keep(self, key: Hashable, value: Any, size: int) -> None:
         """Keep a value, of `size` bytes, that is lent and not resident, or is about to leave."""
-        self.forget(key)
-        self.kept[key] = (size, value)
+        before = self.kept.get(key)
+        self.kept[key] = (size, value)  # in one step: no interrupt shall lose it
+        if before is not None:
+            self._discount(*before)
         self.nbytes += size
         self._times[id(value)] = self._times.get(id(value), 0) + 1
         if size >= LARGE:
             self._new.add(key)
+        self._left.pop(key, None)
 
     def keep_some(
         self, keys: list[Any], values: Sequence[Any], sizes: list[int], which: Iterable[bool]
@@ -170,6 +173,9 @@ class Hands:
             if len(self._left) > self._limit:
                 self._left = {k: left for k, left in self._left.items() if left() is not None}
                 self._limit = max(REFERENCES, 2 * len(self._left))
+
+    def __len__(self) -> int:
+        return len(self.kept) + len(self._left)
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         """Return the value that left under `key`, `default` if there is none alive."""
@@ -194,7 +200,9 @@ class Hands:
         if key not in self.kept:
             return
         self._new.discard(key)
-        size, value = self.kept.pop(key)
+        self._discount(*self.kept.pop(key))
+
+    def _discount(self, size: int, value: Any) -> None:
         self.nbytes -= size
         times = self._times.pop(id(value), 0) - 1
         if times > 0:

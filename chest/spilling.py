@@ -364,6 +364,8 @@ class Spilling(Saving):
             self.begin()
             if key not in self.ledger.rows:
                 raise KeyError(key)
+            if key not in self.inmem:
+                self._has_changed(key)  # while it was lent
             if key in self.inmem:
                 unsaved = self._evict([key])
                 if unsaved:

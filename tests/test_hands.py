@@ -143,6 +143,16 @@ def test_what_a_loop_holds_is_saved_by_a_flush(c):
     assert [c[key][30:] for key in "abcde"] == [[98], [99], [100], [101], []]
 
 
+def test_what_is_moved_to_disk_is_written_though_it_left_before(c):
+    value = c["a"]
+    for key in "bcde":
+        c[key].append(0)
+    value.append("x")
+    c.move_to_disk("a")
+    with Chest(path=c.path, readonly=True) as other:
+        assert other["a"] == [97] * 30 + ["x"]
+
+
 def test_what_another_thread_has(c):
     has, go_on = threading.Event(), threading.Event()
 

@@ -1396,7 +1396,7 @@ def test_a_deletion_that_is_interrupted_as_it_looks_at_what_was_lent(path, monke
         c._check()
 
 
-@pytest.mark.parametrize("step", ["due", "alone", "watched", "kept_small", "forget"])
+@pytest.mark.parametrize("step", ["due", "alone", "watched", "kept_small", "forget", "_discount"])
 def test_what_was_lent_is_kept_at_an_interrupt(path, monkeypatch, step):
     """Nobody else refers to it."""
     with Chest(path=path, available_memory=0) as c:
