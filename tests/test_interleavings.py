@@ -2037,6 +2037,30 @@ def test_what_is_handed_out_and_changed_just_as_it_leaves(path, then):
         assert c["a"] == [1, "change"]
 
 
+def test_what_a_thread_had_before_it_left_and_lets_go_of_just_then(path):
+    """It is changed when it was compared and is still there, and is in nobody's hand."""
+    with Chest({"a": [1], "b": [2]}, path) as c, ThreadPoolExecutor(1) as pool:
+        c.flush()
+        has = []
+
+        def take():
+            has.append(c["a"])
+            c["b"]
+
+        pool.submit(take).result(10)
+        memory = c._memory
+        find_changed = memory._find_changed
+
+        def compare(keys):
+            find_changed(keys)
+            has.pop().append("change")
+
+        memory._find_changed = compare
+        c.move_to_disk("a")
+        del memory._find_changed
+        assert c["a"] == [1, "change"]
+
+
 def test_who_is_interrupted_while_it_waits_for_the_lock_disturbs_nobody(path):
     class Interrupted:
         """The lock of a chest that another thread has, where Ctrl-C is pressed."""
