@@ -22,7 +22,7 @@ import sys
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain, compress, filterfalse, islice, repeat
 from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
@@ -154,12 +154,16 @@ class Hands:
         self._left.pop(key, None)
 
     def keep_some(
-        self, keys: list[Any], values: Sequence[Any], sizes: list[int], which: Iterable[bool]
+        self,
+        keys: list[Any],
+        values: Sequence[Any],
+        size_of: Callable[[Any], int],
+        which: Iterable[bool],
     ) -> None:
         """Do that for some of these values, but for those that are kept already."""
-        for key, value, size in compress(zip(keys, values, sizes, strict=True), which):
+        for key, value in compress(zip(keys, values, strict=True), which):
             if key not in self.kept:
-                self.keep(key, value, size)
+                self.keep(key, value, size_of(key))
 
     def remember(self, key: Hashable, value: Any, *, fixed: bool = False) -> None:
         """Remember that a value is not resident, as long as it is alive, if that can be.

@@ -293,14 +293,14 @@ class Spilling(Saving):
     def _let_go_loose(self, keys: list[Any], lent: list[Any]) -> None:
         """Let go of values that can change, all in a few steps but for those that are lent."""
         values = gather(self.inmem, keys)  # they die when all this is done
-        sizes = [*map(self.eviction.size, keys)]
-        self._hands.keep_some(keys, values, sizes, map({*lent}.__contains__, keys))
+        size_of = self.eviction.size
+        self._hands.keep_some(keys, values, size_of, map({*lent}.__contains__, keys))
         for part in (self._loose, self._touched, self.inmem):
             deque(map(part.pop, keys, repeat(None)), maxlen=0)
+        # Once more: some may have been handed out meanwhile.
+        self._hands.keep_some(keys, values, size_of, are_lent(values))
         self.eviction.discard_all(keys)
         self.meter.spills += len(keys)
-        # Once more: some may have been handed out meanwhile.
-        self._hands.keep_some(keys, values, sizes, are_lent(values))
         if self._as_loaded:
             gone = filterfalse(self._hands.knows, keys)
             deque(map(self._as_loaded.pop, gone, repeat(None)), maxlen=0)
