@@ -1418,6 +1418,23 @@ def test_what_was_lent_is_kept_at_an_interrupt(path, monkeypatch, step):
         c._check()
 
 
+def test_what_is_lent_and_handed_out_again_is_kept_at_an_interrupt(path, monkeypatch):
+    with Chest({"a": [1], "b": [2]}, path, available_memory=0) as c:
+        value = c["a"]
+        value.append("change")
+        discount = Hands._discount
+
+        def interrupted(self, *args):
+            monkeypatch.setattr(Hands, "_discount", discount)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Hands, "_discount", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            c["a"]
+        assert c["a"] == [1, "change"]
+        c._check()
+
+
 def test_an_update_that_is_interrupted_as_a_heap_changes_tells_of_nothing_else(path, monkeypatch):
     with Chest({"a": bytes(140_000), "b": bytes(160_000)}) as other, Chest(path=path) as c:
         c.update({"a": bytes(180_000), "b": bytes(180_000), "c": bytes(180_000)})

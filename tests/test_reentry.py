@@ -249,6 +249,22 @@ def test_a_hook_that_is_interrupted_and_goes_on_leaves_nothing_watched(path):
         c._check()
 
 
+def test_what_is_handed_out_again_as_it_is_looked_at_is_looked_at_again(path):
+    def act():
+        c["x"].append(2)
+        c["y"]
+
+    with Chest(path=path, available_memory=0) as c:
+        c["x"] = held = [1]
+        c["a"] = value = Acting()
+        c["y"] = [0]
+        value.does("pickled", act)
+        del held, value
+        c.get("none")
+        assert c["x"] == [1, 2]
+        c._check()
+
+
 def test_what_is_set_anew_after_a_clear_is_not_taken_for_what_was_there(path):
     def act():
         c.clear()
