@@ -21,6 +21,7 @@ from chest.errors import locating
 
 MAGIC = b"chest\x00\x01\n"
 HEAD = 16
+WORD = 8  # bytes: the last of the head
 FRAME_HEAD = 8
 MOVED = 1 << 63
 STEP = 8 << 20  # bytes read in one go, if a single frame has not more
@@ -100,7 +101,7 @@ def write_log(path: str, payloads: list[bytes], *, fsync: bool) -> None:
     """Write a new log of `payloads` to the new file `path`."""
     data = b"".join(map(frame, payloads))
     with locating(path), open(path, "xb") as file:
-        file.write(MAGIC + encode_length(HEAD + len(data)).to_bytes(8, "little") + data)
+        file.write(MAGIC + encode_length(HEAD + len(data)).to_bytes(WORD, "little") + data)
         if fsync:
             file.flush()
             os.fsync(file.fileno())

@@ -156,12 +156,11 @@ class Head:
         A map keeps what it was made of open, and with it a lock: also in a child that another
         thread forks before anybody knows of the map.
         """
-        access = mmap.ACCESS_READ if self._readonly else mmap.ACCESS_WRITE
         with open_file(path, file.mode) as twin:
             if not os.path.samestat(os.fstat(twin.fileno()), os.fstat(file.fileno())):
                 raise _ReplacedError
             try:
-                return mmap.mmap(twin.fileno(), HEAD, access=access)
+                return mmap.mmap(twin.fileno(), HEAD, access=mmap.ACCESS_READ)
             except OSError as error:
                 message = f"{error.strerror}: a chest needs a file system with shared memory maps"
                 raise OSError(error.errno, message, self.path) from error

@@ -1,7 +1,7 @@
 """The index file ``.keys``: an append-only log; `chest.frames` has its format.
 
 The committed length says how much of the file counts. A frame is appended beyond it, and one
-store of 8 bytes raises it: that store is the commit (the design of Bitcask, Sheehy and Smith
+write of 8 bytes raises it: that write is the commit (the design of Bitcask, Sheehy and Smith
 2010, with a commit mark). What lies beyond was never committed.
 
 Writers hold the operating system's lock on the file itself; readers take none. The lock dies
@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 from filelock import lock_descriptor, unlock_descriptor
 
@@ -26,6 +27,7 @@ from chest.files import is_there
 from chest.frames import (
     HEAD,
     MOVED,
+    WORD,
     decode_length,
     encode_length,
     frame,
@@ -34,7 +36,8 @@ from chest.frames import (
 )
 from chest.head import Head, open_file
 
-POLL = 0.002  # seconds between two tries to lock
+POLL = 0.002  # seconds between two tries to lock, or two looks at a word that is not whole
+LOOKS = 5  # at a word that is not whole, until it is damaged
 PATIENCE = 60.0  # seconds of waiting for the lock after which, and every time, it is said
 NOBODY = (0, (0, 0))
 
@@ -128,7 +131,7 @@ class Index(Head):
             anew, self._fresh = self._fresh, False
             return anew, []
         before = anew, start, _ = self._fresh, self._read_to, self._file
-        word = _native(self.head[1])
+        word = self._whole_word()
         try:
             end = self._decode(word)
             if anew:
@@ -146,6 +149,24 @@ class Index(Head):
         # Without MOVED: as long as it is set, every look finds a difference and comes here.
         self.seen = _native(word & ~MOVED)
         return anew, payloads
+
+    def _whole_word(self) -> int:
+        """Return the word of the head; while another process writes it, parts may be old yet."""
+        for _ in range(LOOKS):
+            word = _native(self.head[1])
+            if decode_length(word) >= 0:
+                break
+            time.sleep(POLL)
+        return word
+
+    def _store(self, word: int) -> None:
+        """Write the word of the head, for everybody to see in memory; needs the lock.
+
+        Not by way of the map: where the disk is full, a file system that copies on write refuses a
+        write with an error, and ends the process for a store.
+        """
+        with locating(self.path):
+            self._write(HEAD - WORD, word.to_bytes(WORD, "little"))
 
     def _decode(self, word: int) -> int:
         length = decode_length(word)
@@ -243,7 +264,7 @@ class Index(Head):
         self.is_locked = True
         word = _native(self.head[1])
         if word & MOVED and not self.foreign:  # whoever set it died before the replacement
-            self.head[1] = _native(word & ~MOVED)
+            self._store(word & ~MOVED)
 
     def _enter_holders(self) -> None:
         """Enter this thread, before it has the lock: a finalizer may run at any moment."""
@@ -336,11 +357,15 @@ class Index(Head):
     def append(self, payload: bytes) -> None:
         """Write a frame beyond the committed length; needs the lock and a `refresh` under it."""
         self._demand_read()
-        data = memoryview(frame(payload))
-        self._file.seek(self._written_to)
-        self._ends.append(self._written_to + len(data))
-        while data:
-            data = data[self._file.write(data) :]
+        data, place = frame(payload), self._written_to
+        self._ends.append(place + len(data))
+        self._write(place, data)
+
+    def _write(self, place: int, data: bytes) -> None:
+        view = memoryview(data)
+        self._file.seek(place)
+        while view:
+            view = view[self._file.write(view) :]
 
     def publish(self) -> None:
         """Commit the frames appended since the last time; needs the lock.
@@ -352,8 +377,9 @@ class Index(Head):
         """
         self.demand_current()
         self._sync()
-        self.publishing = _native(encode_length(self._written_to))
-        self.head[1] = self.publishing
+        word = encode_length(self._written_to)
+        self.publishing = _native(word)
+        self._store(word)
         try:
             self._sync()
         except OSError as error:  # others may have read it by now
@@ -414,7 +440,8 @@ class Index(Head):
             self.publishing = -1
             self._give_up_next()  # first: the system may refuse to tell what comes next
             if not self._is_replaced():  # an interrupt may come after the replacement
-                self._set_moved(False)
+                with suppress(OSError):  # whoever locks it next does it
+                    self._set_moved(False)
             raise
         old = self._file
         try:
@@ -430,10 +457,11 @@ class Index(Head):
 
     def remove(self) -> None:
         """Remove the file; needs the lock. Others go on to the next one that gets its name."""
-        self._set_moved(True)
+        with suppress(OSError):  # a full disk is no reason to keep it; who commits finds it gone
+            self._set_moved(True)
         os.unlink(self.path)
 
     def _set_moved(self, moved: bool) -> None:
         if not self.foreign:
             word = _native(self.head[1])
-            self.head[1] = _native(word | MOVED if moved else word & ~MOVED)
+            self._store(word | MOVED if moved else word & ~MOVED)

@@ -11,7 +11,7 @@ from filelock import lock_descriptor, unlock_descriptor
 import chest.head
 import chest.index
 import chest.reading
-from chest import Chest, CorruptIndexError
+from chest import Chest, CorruptIndexError, UnsavedError
 from chest.frames import encode_length, frame, write_log
 from chest.index import Index
 
@@ -268,6 +268,111 @@ def test_a_system_that_writes_less_than_asked_is_asked_again(keys, opened, monke
     commit(opened(), b"a longer payload", b"another")
     assert opened().refresh() == (True, [b"a longer payload", b"another"])
     assert read(keys)[16:] == framed(b"a longer payload") + framed(b"another")
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Where this list holds an error, writes of the word in the head raise it."""
+    errors = []
+
+    class File(io.FileIO):
+        def write(self, data):
+            if errors and self.tell() == 8:
+                raise errors[0]
+            return super().write(data)
+
+    monkeypatch.setattr(chest.head, "FileIO", File)
+    return errors
+
+
+FULL = OSError(28, "No space left on device")
+
+
+def test_a_word_that_the_disk_refuses_commits_nothing(keys, opened, full):
+    index, reader = opened(), opened(readonly=True)
+    commit(index, b"one")
+    before = read(keys)
+    full.append(FULL)
+    with pytest.raises(OSError, match="No space") as caught:
+        commit(index, b"two")
+    assert caught.value.filename == keys
+    assert not is_locked(keys)
+    assert read(keys)[: len(before)] == before
+    assert reader.refresh() == (True, [b"one"])
+    full.clear()
+    with index.locked():
+        index.refresh()
+        index.cut()
+    assert read(keys) == before
+    commit(index, b"three")
+    assert reader.refresh() == (False, [b"three"])
+
+
+def test_a_chest_on_a_full_disk_goes_on_where_there_is_room_again(path, full):
+    with Chest({"x": [1]}, path=path) as c:
+        c.flush()
+        c["x"].append(2)
+        full.append(FULL)
+        with pytest.raises(UnsavedError, match="No space"):
+            c.flush()
+        with Chest(path=path, readonly=True) as reader:
+            assert dict(reader) == {"x": [1]}
+        full.clear()
+        assert c == {"x": [1, 2]}
+        c.flush()
+        with Chest(path=path, readonly=True) as reader:
+            assert dict(reader) == {"x": [1, 2]}
+
+
+def test_a_replacement_whose_mark_the_disk_refuses_leaves_everything_as_it_was(keys, opened, full):
+    index = opened()
+    commit(index, b"one")
+    before = read(keys)
+    full.append(FULL)
+    with pytest.raises(OSError, match="No space"):
+        replace(index, b"all")
+    full.clear()
+    assert read(keys) == before
+    commit(index, b"two")
+    assert opened().refresh() == (True, [b"one", b"two"])
+
+
+def test_a_mark_that_the_disk_does_not_let_go_of_hides_nothing(keys, opened, full, monkeypatch):
+    index = opened()
+    commit(index, b"one")
+
+    def refuse(*args):
+        full.append(FULL)
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
+            replace(index, b"all")
+    assert read(keys)[15] & MOVED
+    assert opened().refresh() == (True, [b"one"])
+    full.clear()
+    commit(index, b"two")
+    assert opened().refresh() == (True, [b"one", b"two"])
+    assert not read(keys)[15] & MOVED
+
+
+def test_a_word_seen_while_it_is_written_is_waited_for(keys, opened, monkeypatch):
+    commit(opened(), *[b"one"] * 30)
+    whole = read(keys)
+    torn = whole[:9] + head(16)[9:16] + whole[16:]
+    write(keys, torn, "r+b")
+    index, waits = opened(readonly=True), []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            write(keys, whole, "r+b")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chest.index.time, "sleep", sleep)
+        assert index.refresh() == (True, [b"one"] * 30)
+    assert len(waits) == 2
 
 
 def test_the_head_can_be_looked_at_while_the_index_is_closed(opened):

@@ -28,7 +28,7 @@ import chest.upkeep
 from chest import Chest, CorruptIndexError, CorruptValueError, ReadOnlyError, UnsavedError
 from chest.columns import Entry, Puts, encode
 from chest.directory import Directory
-from chest.frames import MAGIC, encode_length, frame, log_size
+from chest.frames import MAGIC, WORD, encode_length, frame, log_size
 from chest.index import Index
 from chest.ledger import Ledger
 from chest.serialize import Serializer
@@ -133,8 +133,8 @@ class Crashes:
         def step(*args, **options):
             if self._off:
                 return function(*args, **options)
-            if half:  # the system may write less than it is asked to
-                args = (args[0], memoryview(args[1])[: len(args[1]) // 2 + 1])
+            if half:  # the system may write less than it is asked to, but for a single word
+                args = (args[0], memoryview(args[1])[: max(len(args[1]) // 2 + 1, WORD)])
             self._copy()
             try:
                 return function(*args, **options)

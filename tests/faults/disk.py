@@ -1,9 +1,9 @@
 """A directory whose system calls pass through here, to be counted, refused or recorded.
 
 Inside ``with Disk(root, actor)`` each call by which chest changes or reads what lies below `root`
-becomes a `Call` that `actor` gets: it may do it, do half of it, or raise. The store into the mapped
-head of the index is one of them. Chests have to be opened by `opened` there, since chest takes an
-``open`` of one's own for one that compresses.
+becomes a `Call` that `actor` gets: it may do it, do half of it, or raise. The write of the word in
+the head of the index, of which there is no half, is called a store. Chests have to be opened by
+`opened` there, since chest takes an ``open`` of one's own for one that compresses.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import chest.index
 import chest.packs
 import chest.staging
 from chest import Chest
+from chest.frames import HEAD, WORD
 
 ALL = os.environ.get("CHEST_FAULTS") == "all"
 CHANGES = {"create", "write", "truncate", "store", "rename", "replace", "link", "unlink"}
@@ -30,7 +31,6 @@ CHANGES |= {"mkdir", "rmdir", "utime"}
 
 _by_path = ["replace", "rename", "link", "unlink", "truncate", "mkdir", "rmdir", "utime"]
 _by_path += ["stat", "lstat", "listdir"]
-_mmap = mmap.mmap
 
 
 def opened(path, **options):
@@ -55,7 +55,7 @@ class Call:
 
     def error(self, number):
         """Return what it raises when it fails: calls on descriptors name no path."""
-        by_descriptor = self.name in ("write", "read", "map", "fsync", "truncate")
+        by_descriptor = self.name in ("write", "store", "read", "map", "fsync", "truncate")
         return OSError(number, os.strerror(number), *([] if by_descriptor else [self.path]))
 
 
@@ -99,6 +99,8 @@ class Disk:
                     return FileIO.write(self, view)
 
                 args = self.tell(), bytes(view)
+                if (args[0], len(view)) == (HEAD - WORD, WORD):
+                    return disk.call("store", self.path, do, file=self, args=args)
                 return disk.call("write", self.path, do, half=half, file=self, args=args)
 
             def truncate(self, size):
@@ -131,40 +133,12 @@ class Disk:
                 return file
             return io.BufferedReader(file) if "r" in mode else io.BufferedWriter(file)
 
-        class Head:
-            """The mapped head of an index."""
-
-            def __init__(self, map_):
-                self._view = memoryview(map_).cast("Q")
-                self._file = disk.maps.pop(id(map_))
-
-            def cast(self, _):
-                return self
-
-            def __getitem__(self, place):
-                return self._view[place]
-
-            def __setitem__(self, place, word):
-                args = 8 * place, word.to_bytes(8, "little")
-                def do():
-                    self._view[place] = word
-
-                disk.call("store", self._file.path, do, file=self._file, args=args)
-
-            def release(self):
-                self._view.release()
-
-        def view(data):
-            return Head(data) if isinstance(data, _mmap) else memoryview(data)
-
-        self.maps = {}  # files of maps that have no head yet, by id
+        map_plain = mmap.mmap
 
         def map_file(number, *args, **more):
             file = self.open_files.get(number)
             path = "" if file is None else file.path
-            found = disk.call("map", path, lambda: _mmap(number, *args, **more))
-            self.maps[id(found)] = file
-            return found
+            return disk.call("map", path, lambda: map_plain(number, *args, **more))
 
         fsync, open_folder = os.fsync, os.open
 
@@ -182,7 +156,6 @@ class Disk:
         self._patch(os, "fsync", sync)
         self._patch(os, "open", open_number)
         self._patch(mmap, "mmap", map_file)
-        self._patch(chest.head, "memoryview", view, create=True)
         self._patch(chest.packs, "_Reader", Reader)
         for module in chest.head, chest.packs, chest.staging, chest.directory:
             self._patch(module, "FileIO", File)
@@ -207,4 +180,3 @@ class Disk:
     def __exit__(self, *error):
         while self._patches:
             self._patches.pop().stop()
-        self.maps.clear()

@@ -1,7 +1,7 @@
 """A process that is killed at any system call leaves the chest as of one of its commits.
 
 A child does a fixed piece of work and is killed just before, in the middle of, or just after its
-n-th call that changes the directory, the store into the mapped head of the index among them; for
+n-th call that changes the directory, the store into the head of the index among them; for
 n = 1, 2, ... until it ends by itself; without ``CHEST_FAULTS=all`` each Python takes every third.
 After each: the chest holds exactly what it held after some commit, not older than the last of which
 the child told; it can be written and opened again, and after the next commit no file is stray and

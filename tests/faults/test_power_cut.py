@@ -1,6 +1,6 @@
 """With ``fsync=True`` a power cut at any moment leaves what was told, and no wrong value.
 
-What the fixed work does to its directory is recorded: creations, writes, stores into the mapped
+What the fixed work does to its directory is recorded: creations, writes, stores into the
 head, truncations, renames, links, removals, and each fsync of a file or a folder. From that the
 states are built that a file system may leave at any moment. What was synced is there. Of all else
 each part is there or lost, whatever became of those before it; of a write there may also be any
