@@ -7,6 +7,7 @@ missing key is a plain ``KeyError(key)``, and a disk that refuses is the ``OSErr
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Hashable, Iterator
@@ -15,6 +16,7 @@ from reprlib import Repr
 from typing import Any
 
 DROPPED = "the chest there was dropped"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # there is no room, or none for this user
 
 _repr = Repr()  # short, and it does not fail where a key's own repr does
 _repr.maxstring = _repr.maxother = 120

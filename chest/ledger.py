@@ -92,6 +92,18 @@ class Ledger(Replay):
         # No call from here on: an interrupt finds all of it or nothing.
         self._cleared, self._deleted, self.rows, self._names = cleared, deleted, {}, names
 
+    @block
+    def dropping(self) -> Steps:
+        """Delete every key; they are back if the block fails before it has committed that."""
+        before = self.rows, self._deleted, self._cleared, self._names
+        self.clear()
+        try:
+            yield
+        except BaseException:
+            if self._cleared is not None:
+                self.rows, self._deleted, self._cleared, self._names = before
+            raise
+
     def demand_quiet(self) -> None:
         """Refuse what would make history of a commit that is being recorded.
 

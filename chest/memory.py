@@ -260,6 +260,8 @@ class Memory(Spilling):
             except BaseException:
                 if store is not None and store.index.closed:  # all but an empty folder is gone
                     self._end()
+                else:  # what is on disk may be gone, or not
+                    self._tear()
                 raise
 
     def _is_temporary(self) -> bool:

@@ -9,7 +9,6 @@ What is built upon this, each layer on the one before: `chest.changes`, `chest.l
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -23,7 +22,7 @@ from typing import Any, NoReturn, Self
 
 from chest.aliases import UNSAVED
 from chest.columns import is_plain
-from chest.errors import ChestClosedError, KeyTypeError, locating, say, told
+from chest.errors import FULL, ChestClosedError, KeyTypeError, locating, say, told
 from chest.eviction import SLACK, Eviction
 from chest.hands import Hands
 from chest.ledger import Ledger
@@ -233,7 +232,7 @@ class Residents(ABC):
             with locating(path):
                 store = Store(path, self.serializer, self.options, reopen=reopen)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL:
                 raise
             raise told(error, path, OPENING_BYTES) from error
         store.ledger.inherit(self.ledger)

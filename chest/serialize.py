@@ -32,6 +32,7 @@ import xxhash
 
 from chest.buffers import PickleReader
 from chest.directory import keep_from_children
+from chest.errors import FULL
 from chest.files import demand_file, read_whole, write_new
 from chest.streams import HashingReader, HashingWriter
 
@@ -48,15 +49,7 @@ digest_bytes = xxhash.xxh3_64_intdigest
 
 _PROTOCOL = repeat(5)
 _PICKLE_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib"}
-_DISK_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.EROFS,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.EFBIG,
-}
+_DISK_ERRNOS = FULL | {errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
 _ATOMS = {
     str,
     bytes,

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from chest.blocks import Steps, block
 from chest.columns import Entry, Puts
 from chest.directory import Names, remove_quietly, sync_file
-from chest.errors import told
+from chest.errors import FULL, told
 from chest.filenames import pack_number
 from chest.files import demand_file, is_there, write_new
 from chest.options import Options
@@ -355,10 +355,14 @@ class Store(Upkeep):
         if is_there(self.index.path):  # else an interrupt came after the last line
             with self.index.locked():
                 self.catch_up()
-                self.ledger.clear()
-                # So that a crash from here on leaves an empty chest.
-                self.commit(Batch(self.directory))
-                self.tidy()
+                with self.ledger.dropping():
+                    try:  # so that a crash from here on leaves an empty chest
+                        self.commit(Batch(self.directory))
+                        self.tidy()
+                    except OSError as error:
+                        if error.errno not in FULL:
+                            raise
+                        self._erase_values()  # it may be these that fill the disk
                 self.directory.remove_staging()
                 self.index.remove()
         try:
@@ -372,12 +376,15 @@ class Store(Upkeep):
 
     def erase(self) -> None:
         """Remove every file that the chest wrote, where nobody can commit any more."""
-        obsolete = (entry.file for entry in self.ledger.obsolete)
-        self.directory.remove([*self.ledger.files(), *self.ledger.packs, *obsolete])
+        self._erase_values()
         self.directory.remove_staging()
         remove_quietly(self.index.path)
         with suppress(OSError):  # there are files of others
             os.rmdir(self.directory.path)
+
+    def _erase_values(self) -> None:
+        obsolete = (entry.file for entry in self.ledger.obsolete)
+        self.directory.remove([*self.ledger.files(), *self.ledger.packs, *obsolete])
 
     def check(self) -> None:
         """Assert that the directory holds what the index names, and nothing else."""

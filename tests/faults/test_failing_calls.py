@@ -19,6 +19,8 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from contextlib import suppress
 from io import FileIO
 from itertools import count
@@ -382,6 +384,69 @@ def test_a_staged_pack_is_closed_where_nothing_can_be_removed(path, refuse):
         for file in left:
             file.close()
         assert not left
+
+
+def fill(c):
+    c.update(small(0, 300, "text "))
+    c.update({"a folder/x": [1], "y": bytes(100_000)})
+    c.flush()
+    del c["small 7"]
+    c["z"] = "not written"
+
+
+def refuse_for_good(refuse, number):
+    refuse.on({"write", "store", "create", "mkdir"}, number, sys.maxsize)
+
+
+def test_a_chest_can_be_dropped_on_a_full_disk(path, refuse):
+    c = opened(path)
+    fill(c)
+    refuse_for_good(refuse, errno.ENOSPC)
+    c.drop()
+    assert c.closed
+    assert not os.path.exists(path)
+
+
+def test_a_temporary_chest_on_a_full_disk_leaves_nothing(tmp_path, refuse, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with opened(None) as c:
+        fill(c)
+        assert os.listdir(tmp_path)
+        refuse_for_good(refuse, errno.EDQUOT)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["write", "store", "unlink", "rmdir", "fsync"])
+def test_a_drop_that_fails_leaves_all_or_nothing(path, refuse, name):
+    ends = set()
+    for n in range(4):
+        c = opened(path, fsync=name == "fsync")
+        fill(c)
+        before = dict(c)
+        refuse.on({name}, errno.EIO, sys.maxsize, after=n)
+        try:
+            c.drop()
+            ends.add("dropped")
+        except OSError:
+            ends.add("failed")
+        refuse.on((), 0)
+        if c.closed:
+            ends.add("closed")
+        else:
+            ends.add("whole" if c else "empty")
+            left = dict(c)
+            assert left in (before, {}, {"z": "not written"})  # which no commit deletes
+            c["after"] = 1
+            c.flush()  # removes what could not be removed
+            c._check()
+            c.close()
+            with Chest(path=path) as c:
+                assert c == left | {"after": 1}
+                c._check()
+                c.drop()
+        shutil.rmtree(path, ignore_errors=True)
+    print(name, ends)
+    assert "failed" in ends
 
 
 def test_a_chest_that_cannot_be_looked_for_is_not_said_to_be_dropped(path, refuse):
