@@ -172,7 +172,7 @@ class Changes(Residents):
             return
         hands.settling = True
         try:
-            with hands.watched():
+            with hands.watched(keys):
                 changed = self._revive_or_let_go(hands, keys)
         finally:
             hands.settling = False

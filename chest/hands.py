@@ -21,14 +21,13 @@ import operator
 import sys
 import threading
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain, compress, filterfalse, islice, repeat
 from types import BuiltinFunctionType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
 from chest.blocks import Steps, block
-from chest.columns import gather
 from chest.eviction import LARGE
 
 THREADS = 32  # with a value in hand, before those that ended are looked for
@@ -77,13 +76,13 @@ class Hands:
         self.room = room
         self.settling = False
         self._times: dict[int, int] = {}  # by identity: under how many keys a value is kept
-        self._new: set[Any] = set()  # the keys of large ones that may contain themselves
+        self._unsearched: set[Any] = set()  # the keys of large ones that may contain themselves
         self._round = iter(list[Any]())
         self._left: dict[Any, weakref.ref[Any]] = {}
         self._limit = REFERENCES
         self._patience = 0
-        self._watches = 0
-        self._dropped: deque[tuple[Any, Any]] = deque()  # by hands, while somebody watches
+        self._watched: list[set[Any]] = []  # keys
+        self._dropped: dict[int, Any] = {}  # by identity: what hands let go of, of watched keys
 
     # -- hands -------------------------------------------------------------------------------------
 
@@ -103,8 +102,7 @@ class Hands:
         me = threading.get_ident()
         before = self.held.get(me)
         self.held[me] = (key, value)
-        if self._watches and before is not None:
-            self._dropped.append(before)
+        self._drop(before)
 
     def empty(self) -> list[Any]:
         """Empty the hand of this thread; return what `hold` does."""
@@ -115,24 +113,35 @@ class Hands:
 
     def open_ended(self) -> None:
         """Empty the hands of threads that ended."""
-        for ident in self.held.keys() - sys._current_frames().keys():
-            self._open(ident)
+        held = self.held.copy()  # first: who takes something in hand from here on has not ended
+        others = held.keys() - {thread.ident for thread in threading.enumerate()}
+        if not others:  # to ask for frames takes a lock, for which garbage that asks waits for ever
+            return
+        for ident in others - sys._current_frames().keys():
+            if self.held.get(ident) is held[ident]:
+                self._open(ident)
 
     def _open(self, ident: int) -> None:
-        hand = self.held.pop(ident, None)
-        if self._watches and hand is not None:
-            self._dropped.append(hand)
+        self._drop(self.held.pop(ident, None))
+
+    def _drop(self, pair: tuple[Any, Any] | None) -> None:
+        if pair is not None and any(pair[0] in keys for keys in self._watched.copy()):
+            self._dropped[id(pair[1])] = pair[1]
 
     @block
-    def watched(self) -> Steps:
-        """Count what any hand lets go of as lent, until the end: hooks may have changed it."""
-        self._watches += 1
+    def watched(self, keys: list[Any]) -> Steps:
+        """Keep what any hand lets go of under these keys, which makes it lent, until the end.
+
+        For hooks, or other threads, may have changed it since it was compared.
+        """
+        mine = {*keys}
         try:
+            self._watched.append(mine)
             yield
         finally:
-            self._watches = max(self._watches - 1, 0)  # 0 by now if a hook was interrupted
-            if not self._watches:
-                self._dropped = deque()
+            self._watched = [some for some in self._watched if some is not mine]
+            if not self._watched:
+                self._dropped = {}
 
     def of_others(self) -> list[tuple[Any, Any]]:
         """Return what other threads have in hand, as pairs of key and value."""
@@ -150,7 +159,7 @@ class Hands:
         self.nbytes += size
         self._times[id(value)] = self._times.get(id(value), 0) + 1
         if size >= LARGE:
-            self._new.add(key)
+            self._unsearched.add(key)
         self._left.pop(key, None)
 
     def keep_some(
@@ -171,12 +180,14 @@ class Hands:
         With `fixed` it could not change so far. Only the array of somebody who has it can be made
         read-only since, after it was changed.
         """
-        self.forget(key)
-        if type(value).__weakrefoffset__:
-            self._left[key] = _FixedReference(value) if fixed else weakref.ref(value)
-            if len(self._left) > self._limit:
-                self._left = {k: left for k, left in self._left.items() if left() is not None}
-                self._limit = max(REFERENCES, 2 * len(self._left))
+        if not type(value).__weakrefoffset__:
+            self.forget(key)
+            return
+        self._left[key] = _FixedReference(value) if fixed else weakref.ref(value)
+        self._keep_no_more(key)  # only now: an interrupt before that would leave it nowhere
+        if len(self._left) > self._limit:
+            self._left = {k: left for k, left in self._left.items() if left() is not None}
+            self._limit = max(REFERENCES, 2 * len(self._left))
 
     def __len__(self) -> int:
         return len(self.kept) + len(self._left)
@@ -201,10 +212,12 @@ class Hands:
         """Forget what left under `key`: it is resident again, or replaced, or deleted."""
         if self._left:
             self._left.pop(key, None)
-        if key not in self.kept:
-            return
-        self._new.discard(key)
-        self._discount(*self.kept.pop(key))
+        self._keep_no_more(key)
+
+    def _keep_no_more(self, key: Hashable) -> None:
+        if key in self.kept:
+            self._unsearched.discard(key)
+            self._discount(*self.kept.pop(key))
 
     def _discount(self, size: int, value: Any) -> None:
         self.nbytes -= size
@@ -233,40 +246,44 @@ class Hands:
         """
         self._patience = PATIENCE
         if every or self.nbytes > self.room:
-            back = self.alone(self.kept)
-            return back + self._excess({*back})
+            kept = self.kept.copy()  # garbage that is collected meanwhile may change it
+            back = self.alone(kept)
+            return back + self._excess(kept, {*back})
         some = [*islice(self._round, LOOKS)]
         if not some:
             self._round = iter([*self.kept])
             some = [*islice(self._round, LOOKS)]
         return self.alone(some)
 
-    def _excess(self, back: set[Any]) -> list[Any]:
+    def _excess(self, kept: dict[Any, tuple[int, Any]], back: set[Any]) -> list[Any]:
         """Return the keys of what is to go besides those that come back, but is in no hand."""
-        lent = [*filterfalse(back.__contains__, self.kept)]
-        left = sum(self.kept[key][0] for key in lent)
+        lent = [*filterfalse(back.__contains__, kept)]
+        left = sum(kept[key][0] for key in lent)
         if left <= self.room:
             return []
         in_hand = {id(value) for _, value in [*self.held.values()]}
-        lent = [key for key in lent if id(self.kept[key][1]) not in in_hand]
-        gone = {key for key in lent if key in self._new and contains_itself(self.kept[key][1])}
-        self._new.difference_update(lent)
-        left -= sum(self.kept[key][0] for key in gone)
+        lent = [key for key in lent if id(kept[key][1]) not in in_hand]
+        new = [*filter(self._unsearched.__contains__, lent)]
+        gone = {key for key in new if contains_itself(kept[key][1])}
+        self._unsearched.difference_update(new)
+        left -= sum(kept[key][0] for key in gone)
         lent = [*filterfalse(gone.__contains__, lent)]
         for key in lent[: max(len(lent) - FEW, 0)]:
             if left <= self.room:
                 break
-            left -= self.kept[key][0]
+            left -= kept[key][0]
             gone.add(key)
         return [*gone]
 
     def alone(self, keys: Iterable[Any]) -> list[Any]:
-        """Return the keys of those values that are kept, and that nobody else has."""
-        keys = [*filter(self.kept.__contains__, keys)]
-        entries = gather(self.kept, keys)
-        counts = map(sys.getrefcount, map(_value, entries))
-        times = map(self._times.__getitem__, map(id, map(_value, entries)))
-        found = zip(keys, counts, times, strict=True)
+        """Return the keys of those values that are kept, and that nobody else has.
+
+        Such a value is referred to by an entry of `kept` for each of its keys, and by nothing else.
+        """
+        entries = {key: entry for key in keys if (entry := self.kept.get(key))}
+        counts = map(sys.getrefcount, map(_value, entries.values()))
+        times = map(self._times.get, map(id, map(_value, entries.values())), repeat(0))
+        found = zip(entries, counts, times, strict=True)
         return [key for key, count, here in found if count < _ALONE + here]
 
     def let_go(self, key: Hashable, entry: tuple[int, Any]) -> None:
@@ -279,11 +296,13 @@ class Hands:
 
     def mend(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:
         """Forget what is resident, or deleted, after all."""
-        self.settling, self._watches = False, 0
+        self.settling = False
         kept = {k: some for k, some in self.kept.items() if k in rows and k not in inmem}
-        left = {k: some for k, some in self._left.items() if k in rows and k not in inmem}
+        others = ((k, some) for k, some in self._left.items() if k not in kept)
+        left = {k: some for k, some in others if k in rows and k not in inmem}
         # Whatever is interrupted here is done again, as long as nothing is missing from `kept`.
-        self._left, self._new = left, {key for key, (size, _) in kept.items() if size >= LARGE}
+        self._left = left
+        self._unsearched = {key for key, (size, _) in kept.items() if size >= LARGE}
         self.nbytes = sum(size for size, _ in kept.values())
         self._times = dict(Counter(id(value) for _, value in kept.values()))
         self.kept = kept

@@ -94,7 +94,7 @@ class Memory(Spilling):
         A block that is suspended in a generator is left when somebody collects that as garbage: in
         the midst of what its thread is doing with the chest, or in another thread.
         """
-        if thread not in sys._current_frames():
+        if thread != threading.get_ident() and thread not in sys._current_frames():
             self._loads.take_over()
         if self.holds_lock() and store.index.blocks == 1:
             self._roll_back(store)

@@ -234,7 +234,7 @@ class Spilling(Saving):
 
     def _evict(self, keys: list[Any]) -> dict[Any, Exception]:
         """Let resident values go; return those that cannot be written, which stay."""
-        with self._hands.watched():  # hooks may take other values in hand
+        with self._hands.watched(keys):  # hooks may take other values in hand
             return self._evict_watched(keys)
 
     def _evict_watched(self, keys: list[Any]) -> dict[Any, Exception]:
@@ -243,6 +243,7 @@ class Spilling(Saving):
             self.eviction.stay(filter(self.inmem.__contains__, keys))
             return {}
         loose = [*filter(self._loose.__contains__, keys)] if self._loose else []
+        hands = self._hands
         # Before they are dumped: who has one may change it at any moment, and then let go of it.
         lent = [*compress(loose, are_lent(gather(self.inmem, loose), 1))]
         refused, unsaved = None, dict[Any, Exception]()
@@ -259,7 +260,8 @@ class Spilling(Saving):
         unsaved = self._set_aside(unsaved)
         if loose:  # what a hook set in the place of a value that cannot change stays, if it can
             left = filterfalse(self.dirty.__contains__, filter(self._loose.__contains__, loose))
-            self._let_go_loose([*left], lent)
+            watched = self._hands is hands  # if not, a hook cleared the chest and set these since
+            self._let_go_loose([*left], lent if watched else loose)
         self._let_go(keys)
         there = filter(self.inmem.__contains__, keys)
         self.eviction.stay([*filterfalse(unsaved.__contains__, there)])
@@ -315,9 +317,9 @@ class Spilling(Saving):
         for key in some:
             if self._sure([key]):
                 value = self.inmem[key]
+                self._hands.remember(key, value, fixed=True)
                 self._leave(key)
                 self.meter.spills += 1
-                self._hands.remember(key, value, fixed=True)
                 del value  # it may die here, and set others
         return self._sure(keys)
 

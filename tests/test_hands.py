@@ -8,14 +8,16 @@ import sys
 import threading
 import weakref
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from threading import Event, Thread
 
 import numpy as np
 import pytest
 
 from chest import Chest
 from chest.eviction import LARGE
-from chest.hands import FEW, PARTS, contains_itself
+from chest.hands import FEW, PARTS, Hands, contains_itself
 
 BUDGETS = [0, 100, 700, 1000, 5000, 10**6]
 
@@ -419,6 +421,64 @@ def test_what_is_kept_is_as_of_the_last_change(path):
             assert other["x"] == [0, *range(50)]
         del value
         c._check()
+
+
+def test_nothing_is_remembered_of_what_other_threads_are_handed_as_values_leave():
+    hands = Hands()
+    hands.swap("a", a := [1])
+    with hands.watched(["a", "b"]):
+        for n in range(100):
+            hands.swap(n % 3 + 1, [n])
+        assert sys.getrefcount(a) == 3  # the value that is watched, and no other
+        assert len(hands._dropped) == 1
+        with hands.watched([0]):
+            hands.swap(0, [0])
+            hands.empty()
+        assert len(hands._dropped) == 2
+    assert sys.getrefcount(a) == 2
+
+
+def test_the_hand_of_a_thread_that_begins_as_ended_ones_are_looked_for(path, monkeypatch):
+    def other():
+        part = c["a"]["b"]
+        got.set()
+        go.wait()
+        part.append(3)
+        c.get("none")
+
+    def frames():
+        found = plain()
+        thread.start()
+        got.wait()
+        return found
+
+    got, go, thread, plain = Event(), Event(), Thread(target=other), sys._current_frames
+    with Chest(path=path) as c:
+        c.update(a={"b": []}, z=[0])
+        ended = Thread(target=c.get, args=("a",))
+        ended.start()
+        ended.join()
+        monkeypatch.setattr(sys, "_current_frames", frames)
+        c.flush()
+        monkeypatch.undo()
+        c.move_to_disk("a")
+        go.set()
+        thread.join()
+        assert c["a"] == {"b": [3]}
+
+
+def test_nobody_asks_for_frames_where_all_threads_are_known(path, monkeypatch):
+    """CPython 3.11 collects garbage as it holds a lock for that, which may ask for it, too."""
+    with Chest(path=path) as c, ThreadPoolExecutor(2) as pool:
+        c["x"] = [0]
+        pool.submit(c.get, "x").result()
+        monkeypatch.delattr(sys, "_current_frames")
+        c["x"].append(1)
+        c.flush()
+        with pytest.raises(ZeroDivisionError), c.transaction():
+            c["x"].append(1 / 0)
+        assert c["x"] == [0, 1]
+        monkeypatch.undo()
 
 
 def test_a_value_that_dies_as_it_comes_back_may_use_the_chest():
