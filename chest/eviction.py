@@ -131,9 +131,10 @@ class Eviction:
 
     def _close(self, cohort: Cohort) -> None:
         if self._open.get(cohort.uses) is cohort:
-            if cohort.uses == 1:
-                self._homes.update(dict.fromkeys(cohort.sizes, cohort))
-            del self._open[cohort.uses]
+            homes = dict.fromkeys(cohort.sizes, cohort) if cohort.uses == 1 else {}
+            if self._open.get(cohort.uses) is cohort:  # what is collected as garbage may come here
+                self._homes.update(homes)
+                del self._open[cohort.uses]
 
     def _home(self, key: Hashable) -> Cohort | None:
         """Return the cohort of a key, None if it is not enrolled."""

@@ -34,15 +34,10 @@ class Ledger(Replay):
     trusted : bool
         Whether keys may be unpickled.
 
-    Attributes
-    ----------
-    is_recording : bool
-        Whether a commit is being recorded, or those of others are taken in.
     """
 
     def __init__(self, trusted: bool) -> None:
         super().__init__(trusted)
-        self.is_recording = False
         self._ties = False  # whether keys have one number, which several handles gave
 
     # -- what the chest does ---------------------------------------------------------------------
@@ -104,21 +99,8 @@ class Ledger(Replay):
                 self.rows, self._deleted, self._cleared, self._names = before
             raise
 
-    def demand_quiet(self) -> None:
-        """Refuse what would make history of a commit that is being recorded.
-
-        Raises
-        ------
-        RuntimeError
-            If a key that is pickled for it, what names its file, or a dying value is who asks.
-        """
-        if self.is_recording:
-            who = "what pickles a key, names its file or is collected as garbage amid a commit"
-            raise RuntimeError(f"{who} must not delete keys or commit itself")
-
     def mend(self) -> None:
         """Put right what an interrupt left half done: a key is what `rows` says."""
-        self.is_recording = False
         if self._cleared is self.rows:
             self._cleared = None
         stored = dict(self.stored())
@@ -175,15 +157,6 @@ class Ledger(Replay):
         return [(key, row) for key, row in self.stored() if files[row] in names]
 
     # -- commits ---------------------------------------------------------------------------------
-
-    @block
-    def recording(self) -> Steps:
-        """Have whoever deletes or commits in the block refused by `demand_quiet`."""
-        before, self.is_recording = self.is_recording, True
-        try:
-            yield
-        finally:
-            self.is_recording = before
 
     def encode(
         self, blocks: Iterable[Puts], serializer: tuple[str, bool | None], *, first: bool = True

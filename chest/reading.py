@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
 
+from chest.blocks import Steps, block
 from chest.columns import Entry, FrameError
 from chest.directory import INDEX, Directory, make_folders, sync_folder
 from chest.errors import CorruptIndexError, CorruptValueError, SerializerError, locating
@@ -25,7 +26,13 @@ TRIES = 100  # times to open a directory that others drop and make
 
 
 class Reading:
-    """What a chest has on disk, as far as it is read; see `chest.store.Store`."""
+    """What a chest has on disk, as far as it is read; see `chest.store.Store`.
+
+    Attributes
+    ----------
+    is_recording : bool
+        What the directory holds is just being changed, or taken in.
+    """
 
     def __init__(
         self, path: str, serializer: Serializer, options: Options, *, reopen: bool = False
@@ -34,6 +41,7 @@ class Reading:
         self.directory = Directory(path, options.namer)
         self.packs = Packs(self.directory)
         self._fsync = options.fsync
+        self.is_recording = False
         if reopen:
             demand(path)
         for tries in count(1):
@@ -85,6 +93,27 @@ class Reading:
         """Let go of the index."""
         self.index.close()
 
+    @block
+    def recording(self) -> Steps:
+        """Have whoever deletes or commits in the block refused by `demand_quiet`."""
+        before, self.is_recording = self.is_recording, True
+        try:
+            yield
+        finally:
+            self.is_recording = before
+
+    def demand_quiet(self) -> None:
+        """Refuse what would make history of what is being recorded.
+
+        Raises
+        ------
+        RuntimeError
+            If a key that is pickled for it, what names its file, or a dying value is who asks.
+        """
+        if self.is_recording:
+            who = "what pickles a key, names its file or is collected as garbage amid a commit"
+            raise RuntimeError(f"{who} must not delete keys or commit itself")
+
     def catch_up(self, *, look: bool = False) -> None:
         """Take in what others committed; ``ledger.changed`` tells of keys that had other values.
 
@@ -98,7 +127,7 @@ class Reading:
         CorruptIndexError
         """
         try:
-            with self.ledger.recording():
+            with self.recording():
                 anew, payloads = self.index.refresh(look=look)
                 if anew:
                     self._apply_anew(payloads)

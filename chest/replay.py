@@ -246,12 +246,12 @@ class Replay(Aliases):
     # -- what is there -----------------------------------------------------------------------------
 
     def stored(self) -> Iterator[tuple[Any, int]]:
-        """Yield the keys that a commit holds, with their rows."""
-        return ((key, row) for key, row in self.rows.items() if row >= 0)
+        """Yield the keys that a commit holds now, with their rows."""
+        return ((key, row) for key, row in self.rows.copy().items() if row >= 0)
 
     def _unsaved(self) -> Iterator[tuple[Any, int]]:
-        """Yield the keys that no commit holds, with the complements of their serials."""
-        return ((key, row) for key, row in self.rows.items() if row < 0)
+        """Yield the keys that no commit holds now, with the complements of their serials."""
+        return ((key, row) for key, row in self.rows.copy().items() if row < 0)
 
     def _delete_all(self, rows: dict[Any, int]) -> None:
         self._deleted.update((key, row) for key, row in rows.items() if row >= 0)

@@ -162,6 +162,8 @@ class Residents(ABC):
         What `inmem`, `dirty` and the ledger say counts, and each of them is changed in one step;
         all else follows from them.
         """
+        if self._store is not None:
+            self._store.is_recording = False
         self.ledger.mend()
         rows = self.ledger.rows
         self.inmem = {key: value for key, value in self.inmem.items() if key in rows}
@@ -331,7 +333,7 @@ class Residents(ABC):
 
     def delete(self, key: Hashable, *, last: bool = False) -> None:
         """Delete a key without reading its value; needs the lock."""
-        self.ledger.demand_quiet()
+        self._demand_quiet()
         _ = self.in_memory(key)  # what a value does as it dies comes when all this is done
         with self:
             self._hide(key)  # first, so that no hit finds what `in` does not
@@ -341,6 +343,14 @@ class Residents(ABC):
             self.ledger.delete(key, last=last)
             self._outdated += self.ledger.room(row) if row >= 0 else 0
             self._forget(key)
+
+    def _demand_quiet(self) -> None:
+        if self._store is not None:
+            self._store.demand_quiet()
+
+    @property
+    def _is_recording(self) -> bool:
+        return self._store is not None and self._store.is_recording
 
     def _soil(self, key: Hashable, size: int) -> None:
         """Mark a value as one that the disk does not hold, which has something else for its key."""
@@ -366,7 +376,7 @@ class Residents(ABC):
 
     def clear(self) -> None:
         """Delete every key without reading a value; needs the lock."""
-        self.ledger.demand_quiet()
+        self._demand_quiet()
         _ = self.inmem, self._hands  # what values do as they die comes when all this is done
         with self:
             self._fixed = {}  # first, so that no hit finds what `in` does not

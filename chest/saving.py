@@ -39,6 +39,8 @@ class Saving(Loading):
 
     def _tidy(self) -> None:
         """Remove what an interrupt kept the last commit from removing."""
+        if self._is_recording:
+            return  # whoever comes here then is amid a commit, which tidies up itself
         if self._store is not None and self._store.untidy and not self.in_transaction:
             with self._writing():
                 self._absorb()
@@ -202,12 +204,15 @@ class Saving(Loading):
         store = self.store
         with self._writing():
             self._absorb()
-            # What a hook replaced or deleted meanwhile is history.
-            same = all(map(operator.is_, map(self.inmem.get, values), values.values()))
-            if not same or not values.keys() <= self.dirty.keys():
-                get, dirty = self.inmem.get, self.dirty
-                batch.remove({k for k, v in values.items() if get(k) is not v or k not in dirty})
-            store.commit(batch)
+            store.demand_quiet()
+            with store.recording():
+                # What a hook replaced or deleted meanwhile is history.
+                same = all(map(operator.is_, map(self.inmem.get, values), values.values()))
+                if not same or not values.keys() <= self.dirty.keys():
+                    get, dirty = self.inmem.get, self.dirty
+                    gone = {k for k, v in values.items() if get(k) is not v or k not in dirty}
+                    batch.remove(gone)
+                store.record(batch)
             self._look(store)
             saved = batch.keys()
             self.meter.writes += len(saved)
@@ -303,9 +308,11 @@ class Saving(Loading):
             with self._writing():
                 self._absorb()
                 if self.ledger.is_packed(key):
-                    stream = store.stream(key, self.ledger.entry(self.ledger.rows[key]))
-                    batch.files[key] = store.stage_stream(stream)
-                    store.commit(batch)
+                    store.demand_quiet()
+                    with store.recording():
+                        stream = store.stream(key, self.ledger.entry(self.ledger.rows[key]))
+                        batch.files[key] = store.stage_stream(stream)
+                        store.record(batch)
                     self._look(store)
                     self._outdated = self._shrunk
                     store.tidy()

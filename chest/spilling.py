@@ -76,7 +76,7 @@ class Spilling(Saving):
         That is more than what has to be written for it. Nobody asked for it, and so nobody is told
         of an error but the log.
         """
-        busy = self.in_transaction or self.ledger.is_recording
+        busy = self.in_transaction or self._is_recording
         if busy or self._outdated <= OUTDATED + self._to_write():
             return
         if time.monotonic() < self._free_after:
@@ -197,7 +197,7 @@ class Spilling(Saving):
     # a `with`, so that an interrupt would leave the lock held.
 
     def _spill(self, key: Hashable | None) -> None:
-        if self.ledger.is_recording:
+        if self._is_recording:
             return  # this comes in the midst of a commit, after which there is the next operation
         if self.eviction.total > self.available:
             self._say_that_it_spills()

@@ -166,13 +166,17 @@ class Store(Upkeep):
         OSError
             If the disk refuses; then nothing is published, or the error says that it is.
         """
+        self.demand_quiet()
+        self.record(batch)
+
+    def record(self, batch: Batch) -> None:
+        """Commit amid `recording`; raises as `commit` does."""
         if not self.index.is_locked:
             raise RuntimeError("a commit needs the lock of the index")
-        self.ledger.demand_quiet()
         joins = self._transaction is not None
-        if not joins:
-            self._sweep()
-        with self.ledger.recording():  # to the end: what is collected as garbage may come here, too
+        with self.recording():  # to the end: what is collected as garbage may come here, too
+            if not joins:
+                self._sweep()
             self._record(batch, joins)
 
     def _record(self, batch: Batch, joins: bool) -> None:
@@ -285,7 +289,8 @@ class Store(Upkeep):
     def sweep(self) -> None:
         """Remove what an interrupt kept the last commit from removing; needs the lock."""
         try:
-            self._sweep()
+            with self.recording():
+                self._sweep()
         except Exception:
             self.untidy = False  # to try that again would fail again
             raise
@@ -296,10 +301,11 @@ class Store(Upkeep):
         if self._transaction is not None:
             return
         try:
-            self._remove(self.ledger.obsolete)
-            self._remove_dead_packs()
-            self._repack_if_due()
-            self._compact_if_due()
+            with self.recording():
+                self._remove(self.ledger.obsolete)
+                self._remove_dead_packs()
+                self._repack_if_due()
+                self._compact_if_due()
         except Exception:
             self.untidy = False
             raise
@@ -312,8 +318,10 @@ class Store(Upkeep):
 
     def begin_transaction(self) -> None:
         """Let commits add up to one, until `end_transaction`; needs the lock, all the while."""
+        self.demand_quiet()
         self.catch_up()  # once more: the compaction after a commit may have failed to
-        self._sweep()
+        with self.recording():
+            self._sweep()
         self._transaction = Written([], {})
 
     def end_transaction(self) -> None:

@@ -36,7 +36,7 @@ class Upkeep(Reading, ABC):
 
     Notes
     -----
-    Everything needs the lock of the index.
+    Everything needs the lock of the index, and that nobody else commits meanwhile: `recording`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Upkeep(Reading, ABC):
         super().__init__(path, serializer, options, reopen=reopen)
 
     @abstractmethod
-    def commit(self, batch: Batch) -> None:
+    def record(self, batch: Batch) -> None:
         """Publish what a batch holds and every deletion that is pending."""
 
     def _apply_anew(self, payloads: list[bytes]) -> None:
@@ -91,8 +91,7 @@ class Upkeep(Reading, ABC):
             elif is_safe_filename(entry.file) and entry.file not in live:
                 left.append(entry)
         ours, unsure = self._sort_out(left)
-        with self.ledger.recording():
-            stuck = self.directory.remove(entry.file for entry in ours)
+        stuck = self.directory.remove(entry.file for entry in ours)
         self.ledger.unsure += unsure
         self.ledger.obsolete += [entry for entry in ours if entry.file in stuck]
 
@@ -120,10 +119,9 @@ class Upkeep(Reading, ABC):
         """Remove obsolete files; what cannot be removed yet stays in the books."""
         if not self.ledger.obsolete:
             return
-        with self.ledger.recording():  # what is collected as garbage may give a name to a file anew
-            stuck = set(self.directory.remove(entry.file for entry in entries))
-            self.ledger.obsolete = [entry for entry in entries if entry.file in stuck]
-            self.ledger.forget_folders(self.directory.missing_folders(e.file for e in entries))
+        stuck = set(self.directory.remove(entry.file for entry in entries))
+        self.ledger.obsolete = [entry for entry in entries if entry.file in stuck]
+        self.ledger.forget_folders(self.directory.missing_folders(e.file for e in entries))
 
     def _remove_dead_packs(self) -> None:
         for name in self.ledger.dead_packs():
@@ -185,7 +183,7 @@ class Upkeep(Reading, ABC):
                 keys = [rows[some[n][1]][0] for n in whole]
                 digests = [some[n][0].digest for n in whole]
                 batch.write(keys, [streams[n] for n in whole], digests)
-            self.commit(batch)
+            self.record(batch)
         finally:
             batch.discard()
 
@@ -202,7 +200,13 @@ class Upkeep(Reading, ABC):
         OSError
             If the disk refuses; then nothing is lost.
         """
-        before = self._nbytes_of_upkeep()
+        self.demand_quiet()
+        with self.recording():
+            before = self._nbytes_of_upkeep()
+            self._compact()
+            return before - self._nbytes_of_upkeep()
+
+    def _compact(self) -> None:
         self._sweep()
         self.directory.remove_abandoned()
         packs = self.ledger.packs
@@ -212,10 +216,6 @@ class Upkeep(Reading, ABC):
             self.repack(wasted)
         self._remove(self.ledger.obsolete)
         self._remove_dead_packs()
-        self._shorten_log()
-        return before - self._nbytes_of_upkeep()
-
-    def _shorten_log(self) -> None:
         payloads = self.ledger.snapshot()
         if log_size(payloads) < self.directory.size([INDEX]):
             self._replace_index(payloads)

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
 import pytest
 
+import chest.upkeep
 from chest import Chest
 from chest.directory import Directory
+from chest.staging import Batch
+from chest.upkeep import Upkeep
 
 
 class Acting:
@@ -249,6 +253,88 @@ def test_a_hook_that_is_interrupted_and_goes_on_leaves_nothing_watched(path):
         c._check()
 
 
+@pytest.mark.parametrize("act", ["set", "get"])
+def test_what_a_hook_takes_in_hand_takes_no_place_of_what_is_held(path, act):
+    def take(_):
+        for n in range(20 if ready else 0):
+            ready.clear()
+            if act == "set":
+                c[n] = [n]
+            else:
+                c[n]
+
+    ready = []
+    with Chest(path=path, available_memory=0, on_overflow=take) as c:
+        c.update((n, [n]) for n in range(20))
+        c["mine"] = mine = [0]
+        for _ in range(40):
+            c.get("none")
+        ready.append(True)
+        c["a"] = [1]
+        mine.append(1)
+        assert not ready
+        assert c["mine"] == [0, 1]
+        assert c["mine"] is mine
+
+
+def test_what_a_hook_reads_leaves_memory_as_it_goes(path):
+    def read(_):
+        if c.get("ready"):
+            c["ready"] = ""
+            for n in range(30):
+                references.append(weakref.ref(c[n]))
+                alive.append(sum(reference() is not None for reference in references))
+
+    references, alive = [], []
+    with Chest(path=path, available_memory=1000, nbytes=lambda _: 300, on_overflow=read) as c:
+        for n in range(30):
+            c[n] = Acting()
+        c["ready"] = "yes"
+        c.update(a=1, b=2, c=3)
+        assert len(references) == 30
+        assert max(alive) < 10
+
+
+def test_a_hook_may_clear_the_chest_and_change_what_it_sets(path):
+    def act():
+        c.clear()
+        for key in "bcd":
+            c[key] = [1]
+        c.flush()
+        c["b"].append(2)
+        c["z"] = [0]
+
+    with Chest(path=path) as c:
+        c.update({"a": (value := Acting()), "b": [0], "c": [0], "d": [0]})
+        c.flush()
+        value.does("pickled", act)
+        c["z"] = 0
+        c.evict()
+        assert value.when is None
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"b": [1, 2], "c": [1], "d": [1], "z": [0]}
+
+
+def test_a_hook_may_change_a_value_after_an_interrupt_in_the_chest(path):
+    def act():
+        with suppress(KeyboardInterrupt), c._memory:
+            raise KeyboardInterrupt
+        c.get("none")
+        c["d"].append(2)
+        c["z"] = [0]
+
+    with Chest(path=path) as c:
+        c.update({"b": [0], "c": [0], "d": [0], "a": (value := Acting())})
+        c.flush()
+        value.does("pickled", act)
+        c["z"] = 0
+        c.evict()
+        assert value.when is None
+    with Chest(path=path) as c:
+        assert c["d"] == [0, 2]
+
+
 def test_what_is_handed_out_again_as_it_is_looked_at_is_looked_at_again(path):
     def act():
         c["x"].append(2)
@@ -330,3 +416,72 @@ def test_what_is_collected_as_files_are_removed_cannot_commit_there(path, monkey
         c._check()
     with Chest(path=path) as c:
         assert c["k"] == ["C"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Upkeep, "_replace_index"), (Batch, "write"), (Upkeep, "_remove_dead_packs")],
+    ids=lambda some: getattr(some, "__name__", some),
+)
+def test_what_is_collected_amid_a_commit_comes_after_it(path, monkeypatch, owner, name):
+    """It would be written over by what was gathered before, and its file be removed."""
+    monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 300)
+    monkeypatch.setattr(chest.upkeep, "WASTE", 0)
+    plain, moments = getattr(owner, name), []
+
+    def collect(self, *args, **options):
+        if not moments and "last" in c:
+            moments.append(name)
+            c["k"], c["added"] = ["new"], ["new"]
+            with suppress(RuntimeError):
+                c.flush()
+        return plain(self, *args, **options)
+
+    small = {n: (n, "text " * 9) for n in range(100)}
+    with Chest(path=path) as c:
+        monkeypatch.setattr(owner, name, collect)
+        c["k"] = ["old"]
+        c.update(small)
+        c.flush()
+        c["last"] = [1]
+        for n in range(10):
+            c.update(dict.fromkeys(range(90), (n, "text")))
+            c.flush()
+        assert moments
+        assert c["k"] == c["added"] == ["new"]
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert c["k"] == c["added"] == ["new"]
+        assert c[95] == small[95]
+        assert len(c) == 103
+
+
+@pytest.mark.parametrize("act", ["flush", "compact", "transaction", "drop"])
+def test_what_is_collected_amid_the_tidying_up_does_nothing_to_the_index(path, monkeypatch, act):
+    def transaction():
+        with c.transaction():
+            c["k"] = ["new"]
+
+    def collect(self):
+        if moments:
+            moments.pop()
+            with pytest.raises(RuntimeError, match="amid a commit"):
+                c["other"] = ["new"]
+                transaction() if act == "transaction" else getattr(c, act)()
+        return plain(self)
+
+    plain, moments = Upkeep._remove_dead_packs, []
+    monkeypatch.setattr(Upkeep, "_remove_dead_packs", collect)
+    with Chest(path=path) as c:
+        c["k"] = ["old"]
+        c.flush()
+        moments.append(act)
+        c["k"] = ["newer"]
+        c.flush()
+        assert not moments
+        assert c["k"] == ["newer"]
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["newer"], "other": ["new"]}
