@@ -1311,7 +1311,7 @@ def test_a_change_in_hand_outlives_an_interrupt_as_its_value_becomes_resident(pa
             c["a"].append(times)  # it is in hand alone
             c.available_memory = 1000
             try:
-                with interrupted_after("pop", "forget", times):
+                with interrupted_after("pop", "_keep_no_more", times):
                     do(c)
             except KeyboardInterrupt:
                 interrupted += 1
