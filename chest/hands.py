@@ -81,7 +81,7 @@ class Hands:
         self._left: dict[Any, weakref.ref[Any]] = {}
         self._limit = REFERENCES
         self._patience = 0
-        self._watched: list[set[Any]] = []  # keys
+        self._watched: dict[object, set[Any]] = {}  # keys, by who watches
         self._dropped: dict[int, Any] = {}  # by identity: what hands let go of, of watched keys
 
     # -- hands -------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class Hands:
         self._drop(self.held.pop(ident, None))
 
     def _drop(self, pair: tuple[Any, Any] | None) -> None:
-        if pair is not None and any(pair[0] in keys for keys in self._watched.copy()):
+        if pair is not None and any(pair[0] in keys for keys in self._watched.copy().values()):
             self._dropped[id(pair[1])] = pair[1]
 
     @block
@@ -134,12 +134,12 @@ class Hands:
 
         For hooks, or other threads, may have changed it since it was compared.
         """
-        mine = {*keys}
+        mine, watch = {*keys}, object()
         try:
-            self._watched.append(mine)
+            self._watched[watch] = mine
             yield
         finally:
-            self._watched = [some for some in self._watched if some is not mine]
+            self._watched.pop(watch, None)  # first, and in one step: an interrupt may come after it
             if not self._watched:
                 self._dropped = {}
 

@@ -262,9 +262,6 @@ class Index(Head):
             unlock_descriptor(self._file.fileno())
             self._reopen()
         self.is_locked = True
-        word = _native(self.head[1])
-        if word & MOVED and not self.foreign:  # whoever set it died before the replacement
-            self._store(word & ~MOVED)
 
     def _enter_holders(self) -> None:
         """Enter this thread, before it has the lock: a finalizer may run at any moment."""
@@ -440,7 +437,7 @@ class Index(Head):
             self.publishing = -1
             self._give_up_next()  # first: the system may refuse to tell what comes next
             if not self._is_replaced():  # an interrupt may come after the replacement
-                with suppress(OSError):  # whoever locks it next does it
+                with suppress(OSError):  # the next commit does it
                     self._set_moved(False)
             raise
         old = self._file

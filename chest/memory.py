@@ -56,6 +56,7 @@ class Memory(Spilling):
                 yield
                 return
             self.begin("start a transaction")
+            self._demand_quiet()
             store, me = self.store, threading.get_ident()
             left = None if timeout is None else max(deadline - time.monotonic(), 0)
             try:
@@ -260,8 +261,10 @@ class Memory(Spilling):
             except BaseException:
                 if store is not None and store.index.closed:  # all but an empty folder is gone
                     self._end()
-                else:  # what is on disk may be gone, or not
-                    self._tear()
+                    raise
+                if store is not None:  # what is on disk may be gone, or not
+                    self._look(store)
+                self._tear()
                 raise
 
     def _is_temporary(self) -> bool:

@@ -334,16 +334,17 @@ class Store(Upkeep):
         """
         if self.index.seen == -1:
             raise RuntimeError("the transaction is rolled back, for a commit was interrupted in it")
-        if self.index.appended and self._transaction is not None:
-            try:
-                self._publish(self._transaction)
-            except OSError:
-                if not self.index.abandoned and self.index.published:
-                    self.index.acknowledge()
-                    self._transaction = None
-                raise
-            self.index.acknowledge()
-        self._transaction = None
+        with self.recording():
+            if self.index.appended and self._transaction is not None:
+                try:
+                    self._publish(self._transaction)
+                except OSError:
+                    if not self.index.abandoned and self.index.published:
+                        self.index.acknowledge()
+                        self._transaction = None
+                    raise
+                self.index.acknowledge()
+            self._transaction = None
 
     def roll_back(self) -> None:
         """Take back what was written in the transaction; ``ledger.changed`` tells what it was."""

@@ -653,14 +653,6 @@ def test_a_mark_left_by_a_replacement_that_died_hides_nothing(keys, opened):
     assert reader.head[1] == reader.seen
 
 
-def test_whoever_takes_the_lock_next_clears_such_a_mark(keys, opened):
-    commit(opened(), b"one")
-    before = read(keys)
-    mark_moved(keys)
-    with opened().locked():
-        assert read(keys) == before
-
-
 def mark_moved(path):
     data = read(path)
     write(path, data[:15] + bytes([data[15] | MOVED]) + data[16:], "r+b")

@@ -1359,6 +1359,16 @@ def test_an_interrupt_as_a_pack_is_begun_leaves_no_file(path, monkeypatch):
         assert not [name for name in os.listdir(path) if name.startswith(".new")]
 
 
+def test_an_interrupt_as_the_watch_of_hands_ends_leaves_none():
+    hands = Hands()
+    with pytest.raises(KeyboardInterrupt), interrupted_after("pop", "watched"):
+        with hands.watched(["a"]):
+            hands.swap("a", [1])
+    for n in range(3):
+        hands.swap("a", [n])
+    assert not hands._dropped
+
+
 def test_no_interrupt_comes_as_a_pack_is_closed(path):
     def profile(frame, event, arg):
         if event == "call" and frame.f_code.co_name == "__del__":

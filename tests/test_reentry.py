@@ -16,6 +16,7 @@ import pytest
 import chest.upkeep
 from chest import Chest
 from chest.directory import Directory
+from chest.index import Index
 from chest.staging import Batch
 from chest.upkeep import Upkeep
 
@@ -469,6 +470,7 @@ def test_what_is_collected_amid_the_tidying_up_does_nothing_to_the_index(path, m
             with pytest.raises(RuntimeError, match="amid a commit"):
                 c["other"] = ["new"]
                 transaction() if act == "transaction" else getattr(c, act)()
+            c["after"] = ["new"]
         return plain(self)
 
     plain, moments = Upkeep._remove_dead_packs, []
@@ -484,4 +486,28 @@ def test_what_is_collected_amid_the_tidying_up_does_nothing_to_the_index(path, m
         c.flush()
         c._check()
     with Chest(path=path) as c:
-        assert dict(c) == {"k": ["newer"], "other": ["new"]}
+        assert dict(c) == {"k": ["newer"], "other": ["new"], "after": ["new"]}
+
+
+def test_what_is_collected_at_the_end_of_a_transaction_is_not_part_of_it(path, monkeypatch):
+    def collect(self, word):
+        if moments:
+            moments.pop()
+            c["z"] = ["new"]
+            with pytest.raises(RuntimeError, match="amid a commit"):
+                c.flush()
+        return plain(self, word)
+
+    plain, moments = Index._store, []
+    monkeypatch.setattr(Index, "_store", collect)
+    with Chest(path=path) as c:
+        with c.transaction():
+            c["k"] = ["new"]
+            c.flush()
+            moments.append("end")
+        assert not moments
+        with Chest(path=path, readonly=True) as reader:
+            assert dict(reader) == {"k": ["new"]}
+        c.flush()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["new"], "z": ["new"]}

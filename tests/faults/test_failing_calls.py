@@ -451,6 +451,29 @@ def test_a_drop_that_fails_leaves_all_or_nothing(path, refuse, name):
     assert "failed" in ends
 
 
+@pytest.mark.parametrize("unsaved", [False, True])
+def test_a_drop_that_fails_after_another_handle_compacted(path, refuse, unsaved):
+    with opened(path) as c:
+        fill(c)
+        c.flush()
+        with Chest(path=path) as other:
+            other["other"] = 1
+            other.flush()
+            other.compact()
+        if unsaved:
+            c["unsaved"] = [1]
+        refuse.on({"unlink"}, errno.EACCES, end=".keys")
+        with pytest.raises(PermissionError):
+            c.drop()
+        assert dict(c) == {}
+        assert c.get("x") is None
+        c["after"] = 1
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"after": 1}
+
+
 def test_a_drop_that_is_interrupted_after_its_commit_leaves_nothing(path, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
