@@ -125,7 +125,9 @@ class Hands:
         self._drop(self.held.pop(ident, None))
 
     def _drop(self, pair: tuple[Any, Any] | None) -> None:
-        if pair is not None and any(pair[0] in keys for keys in self._watched.copy().values()):
+        if not self._watched or pair is None:
+            return
+        if any(pair[0] in keys for keys in self._watched.copy().values()):
             self._dropped[id(pair[1])] = pair[1]
 
     @block
