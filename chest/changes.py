@@ -61,7 +61,7 @@ class Changes(Residents):
         with self.lock, self:
             if self.closed:
                 raise ChestClosedError(self.path)
-            if self.path is not None and not self.in_transaction:
+            if self.path is not None and not self.in_transaction and not self._is_recording:
                 self.store.catch_up(look=True)
                 self._absorb()
 

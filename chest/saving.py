@@ -204,7 +204,6 @@ class Saving(Loading):
         store = self.store
         with self._writing():
             self._absorb()
-            store.demand_quiet()
             with store.recording():
                 # What a hook replaced or deleted meanwhile is history.
                 same = all(map(operator.is_, map(self.inmem.get, values), values.values()))
@@ -308,7 +307,6 @@ class Saving(Loading):
             with self._writing():
                 self._absorb()
                 if self.ledger.is_packed(key):
-                    store.demand_quiet()
                     with store.recording():
                         stream = store.stream(key, self.ledger.entry(self.ledger.rows[key]))
                         batch.files[key] = store.stage_stream(stream)

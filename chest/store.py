@@ -149,7 +149,10 @@ class Store(Upkeep):
         ------
         TimeoutError
             If another process holds it for longer than `timeout` seconds.
+        RuntimeError
+            Amid `recording`: what is being recorded would be taken for another's.
         """
+        self.demand_quiet()
         with self.index.locked(timeout):
             if self._transaction is None:
                 self.catch_up()
@@ -318,7 +321,6 @@ class Store(Upkeep):
 
     def begin_transaction(self) -> None:
         """Let commits add up to one, until `end_transaction`; needs the lock, all the while."""
-        self.demand_quiet()
         self.catch_up()  # once more: the compaction after a commit may have failed to
         with self.recording():
             self._sweep()
@@ -361,6 +363,7 @@ class Store(Upkeep):
 
     def drop(self) -> None:
         """Remove every file that the chest wrote, and the directory if nothing else is in it."""
+        self.demand_quiet()
         if is_there(self.index.path):  # else an interrupt came after the last line
             with self.index.locked():
                 self.catch_up()

@@ -200,7 +200,6 @@ class Upkeep(Reading, ABC):
         OSError
             If the disk refuses; then nothing is lost.
         """
-        self.demand_quiet()
         with self.recording():
             before = self._nbytes_of_upkeep()
             self._compact()

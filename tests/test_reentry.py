@@ -17,6 +17,7 @@ import chest.upkeep
 from chest import Chest
 from chest.directory import Directory
 from chest.index import Index
+from chest.ledger import Ledger
 from chest.staging import Batch
 from chest.upkeep import Upkeep
 
@@ -487,6 +488,33 @@ def test_what_is_collected_amid_the_tidying_up_does_nothing_to_the_index(path, m
         c._check()
     with Chest(path=path) as c:
         assert dict(c) == {"k": ["newer"], "other": ["new"], "after": ["new"]}
+
+
+@pytest.mark.parametrize("act", [Chest.flush, Chest.refresh, Chest.drop, Chest.compact])
+def test_what_is_collected_as_a_commit_is_taken_in_takes_it_for_no_other(path, monkeypatch, act):
+    """It would forget which files are obsolete, and they would stay for good."""
+
+    def collect(self, *args):
+        plain(self, *args)
+        if moments:
+            moments.pop()
+            c["other"] = ["new"]
+            with suppress(RuntimeError):
+                act(c)
+
+    plain, moments = Ledger.committed, []
+    monkeypatch.setattr(Ledger, "committed", collect)
+    with Chest(path=path) as c:
+        c["k"] = ["old"]
+        c.flush()
+        c["k"] = ["new"]
+        moments.append(act)
+        c.flush()
+        assert not moments
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["new"], "other": ["new"]}
 
 
 def test_what_is_collected_at_the_end_of_a_transaction_is_not_part_of_it(path, monkeypatch):
