@@ -33,7 +33,6 @@ class Ledger(Replay):
     ----------
     trusted : bool
         Whether keys may be unpickled.
-
     """
 
     def __init__(self, trusted: bool) -> None:

@@ -211,7 +211,7 @@ class Saving(Loading):
                     get, dirty = self.inmem.get, self.dirty
                     gone = {k for k, v in values.items() if get(k) is not v or k not in dirty}
                     batch.remove(gone)
-                store.record(batch)
+                store.commit(batch)
             self._look(store)
             saved = batch.keys()
             self.meter.writes += len(saved)
@@ -310,7 +310,7 @@ class Saving(Loading):
                     with store.recording():
                         stream = store.stream(key, self.ledger.entry(self.ledger.rows[key]))
                         batch.files[key] = store.stage_stream(stream)
-                        store.record(batch)
+                        store.commit(batch)
                     self._look(store)
                     self._outdated = self._shrunk
                     store.tidy()

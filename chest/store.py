@@ -169,11 +169,6 @@ class Store(Upkeep):
         OSError
             If the disk refuses; then nothing is published, or the error says that it is.
         """
-        self.demand_quiet()
-        self.record(batch)
-
-    def record(self, batch: Batch) -> None:
-        """Commit amid `recording`; raises as `commit` does."""
         if not self.index.is_locked:
             raise RuntimeError("a commit needs the lock of the index")
         joins = self._transaction is not None

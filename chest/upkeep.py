@@ -50,7 +50,7 @@ class Upkeep(Reading, ABC):
         super().__init__(path, serializer, options, reopen=reopen)
 
     @abstractmethod
-    def record(self, batch: Batch) -> None:
+    def commit(self, batch: Batch) -> None:
         """Publish what a batch holds and every deletion that is pending."""
 
     def _apply_anew(self, payloads: list[bytes]) -> None:
@@ -183,7 +183,7 @@ class Upkeep(Reading, ABC):
                 keys = [rows[some[n][1]][0] for n in whole]
                 digests = [some[n][0].digest for n in whole]
                 batch.write(keys, [streams[n] for n in whole], digests)
-            self.record(batch)
+            self.commit(batch)
         finally:
             batch.discard()
 

@@ -1387,19 +1387,24 @@ def test_no_interrupt_comes_as_a_pack_is_closed(path):
         assert not [name for name in open_files(path) if "deleted" in name]
 
 
+def interrupt_next(monkeypatch, owner, name):
+    """Interrupt this thread as it calls a method the next time, before that does anything."""
+    method = getattr(owner, name)
+
+    def interrupted(*args, **options):
+        monkeypatch.setattr(owner, name, method)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
 def test_a_deletion_that_is_interrupted_as_it_looks_at_what_was_lent(path, monkeypatch):
     with Chest({"a": [1], "b": [2], "c": 3}, path, available_memory=0) as c:
         value = c["a"]
         value.append("change")
         c["b"]
         del value
-        enroll = Eviction.enroll
-
-        def interrupted(self, *args):
-            monkeypatch.setattr(Eviction, "enroll", enroll)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(Eviction, "enroll", interrupted)
+        interrupt_next(monkeypatch, Eviction, "enroll")
         with pytest.raises(KeyboardInterrupt):
             del c["c"]
         assert dict(c) == {"a": [1, "change"], "b": [2], "c": 3}
@@ -1412,12 +1417,7 @@ def test_what_was_lent_is_kept_at_an_interrupt(path, monkeypatch, step):
     with Chest(path=path, available_memory=0) as c:
         c.setdefault("box", Box(1)).items.append(2)
         before = getattr(Hands, step)
-
-        def interrupted(self, *args, **kwargs):
-            monkeypatch.setattr(Hands, step, before)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(Hands, step, interrupted)
+        interrupt_next(monkeypatch, Hands, step)
         with suppress(KeyboardInterrupt):
             c["x"] = [1]
             c["y"] = [1]
@@ -1432,13 +1432,7 @@ def test_what_is_lent_and_handed_out_again_is_kept_at_an_interrupt(path, monkeyp
     with Chest({"a": [1], "b": [2]}, path, available_memory=0) as c:
         value = c["a"]
         value.append("change")
-        discount = Hands._discount
-
-        def interrupted(self, *args):
-            monkeypatch.setattr(Hands, "_discount", discount)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(Hands, "_discount", interrupted)
+        interrupt_next(monkeypatch, Hands, "_discount")
         with pytest.raises(KeyboardInterrupt):
             c["a"]
         assert c["a"] == [1, "change"]

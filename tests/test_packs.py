@@ -598,9 +598,9 @@ def room(path):
 
 @pytest.mark.parametrize("how", [Chest.compact, Chest.write_keys])
 def test_to_copy_what_is_alive_takes_room_for_one_pack_at_a_time(path, tight, monkeypatch, how):
-    real, sizes = Store.record, []
+    real, sizes = Store.commit, []
 
-    def record(self, batch):
+    def commit(self, batch):
         sizes.append(room(path))
         real(self, batch)
 
@@ -615,7 +615,7 @@ def test_to_copy_what_is_alive_takes_room_for_one_pack_at_a_time(path, tight, mo
         if how is Chest.write_keys:
             for key in [*c][::2]:
                 del c[key]
-        monkeypatch.setattr(Store, "record", record)
+        monkeypatch.setattr(Store, "commit", commit)
         before = room(path)
         how(c)
         assert max(sizes) <= before + 2200  # what is alive in one pack or two

@@ -2365,7 +2365,7 @@ def _collected_when_told():
 
 
 @pytest.mark.usefixtures("_collected_when_told")
-@pytest.mark.parametrize("step", [(chest.index.Index, "_adopt"), (chest.store.Store, "record")])
+@pytest.mark.parametrize("step", [(chest.index.Index, "_adopt"), (chest.store.Store, "commit")])
 def test_a_handle_that_is_collected_amid_another_ones_commit_is_saved(path, step, monkeypatch):
     monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 0)
     owner, name = step
@@ -2401,16 +2401,16 @@ def test_two_threads_that_collect_each_others_handles_do_not_wait_for_each_other
         stores = [c._memory.store for c in (a, b)]
         others = [Chest({"left": 1}, path) for path in reversed(paths)]
         both = threading.Barrier(2)
-        record = chest.store.Store.record
+        commit = chest.store.Store.commit
 
         def let_go_first(self, batch):
             if self in stores:
                 both.wait(10)
                 others[stores.index(self)] = None
-            record(self, batch)
+            commit(self, batch)
 
         with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
-            patch.setattr(chest.store.Store, "record", let_go_first)
+            patch.setattr(chest.store.Store, "commit", let_go_first)
             a["x"] = b["x"] = 1
             for flushed in [pool.submit(c.flush) for c in (a, b)]:
                 flushed.result(20)

@@ -2053,7 +2053,7 @@ def test_a_disk_that_refuses_any_step_of_the_start_does_nothing(tmp_path, steps,
 
 
 INTERRUPTED = [
-    *((Store, name) for name in ("begin_transaction", "end_transaction", "roll_back", "record")),
+    *((Store, name) for name in ("begin_transaction", "end_transaction", "roll_back", "commit")),
     *((Index, name) for name in ("append", "publish", "acknowledge", "cut", "rewind", "refresh")),
     *((Ledger, name) for name in ("encode", "committed", "revert", "inherit", "delete", "add")),
     *((Directory, name) for name in ("place", "remove", "name_for")),
