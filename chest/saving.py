@@ -39,9 +39,8 @@ class Saving(Loading):
 
     def _tidy(self) -> None:
         """Remove what an interrupt kept the last commit from removing."""
-        if self._is_recording:
-            return  # whoever comes here then is amid a commit, which tidies up itself
-        if self._store is not None and self._store.untidy and not self.in_transaction:
+        busy = self.in_transaction or self._is_recording
+        if self._store is not None and self._store.untidy and not busy:
             with self._writing():
                 self._absorb()
                 self._store.sweep()

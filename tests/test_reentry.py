@@ -19,6 +19,7 @@ from chest.directory import Directory
 from chest.index import Index
 from chest.ledger import Ledger
 from chest.staging import Batch
+from chest.store import Store
 from chest.upkeep import Upkeep
 
 
@@ -457,6 +458,100 @@ def test_what_is_collected_amid_a_commit_comes_after_it(path, monkeypatch, owner
         assert c["k"] == c["added"] == ["new"]
         assert c[95] == small[95]
         assert len(c) == 103
+
+
+def flush(c, ready):
+    ready()
+    c.flush()
+
+
+def unpack(c, ready):
+    ready()
+    c.key_to_filename(7)
+
+
+def compact(c, ready):
+    ready()
+    c.compact()
+
+
+def take_over(c, ready):
+    with Chest({"other": 1}) as other:
+        other.flush()
+        ready()
+        c.update(other)
+
+
+def tidy_later(c, ready):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "tidy", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            c.flush()
+    ready()
+    c.write_keys()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("act", "owner", "name"),
+    [
+        (flush, Store, "commit"),
+        (unpack, Store, "commit"),
+        (compact, Upkeep, "_compact"),
+        (take_over, Index, "publish"),
+        (tidy_later, Upkeep, "_remove_dead_packs"),
+    ],
+)
+def test_what_is_collected_amid_a_commit_is_refused_one(path, monkeypatch, act, owner, name):
+    def collect(self, *args):
+        if moments:
+            moments.pop()
+            c["k"], c[7] = ["newer"], "newer"
+            with pytest.raises(RuntimeError, match="amid a commit"):
+                c.flush()
+            with pytest.raises(RuntimeError, match="amid a commit"):
+                del c[8]
+        return plain(self, *args)
+
+    plain, moments = getattr(owner, name), []
+    with Chest(path=path) as c:
+        c.update((n, f"small {n}") for n in range(100))
+        c["k"] = ["old"]
+        c.flush()
+        c["k"] = ["new"]
+        monkeypatch.setattr(owner, name, collect)
+        act(c, lambda: moments.append(name))
+        assert not moments
+        assert (c["k"], c[7], c[8]) == (["newer"], "newer", "small 8")
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert (c["k"], c[7], c[8]) == (["newer"], "newer", "small 8")
+
+
+def test_who_has_nothing_to_save_may_flush_amid_a_commit(path, monkeypatch):
+    def collect(self):
+        assert self.untidy
+        c.flush()
+        c.move_to_disk("k")
+        moments.append(self)
+        return plain(self)
+
+    plain, moments = Upkeep._compact_if_due, []
+    with Chest(path=path) as c:
+        c["k"] = ["old"]
+        c.flush()
+        c["k"] = ["new"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Upkeep, "_compact_if_due", collect)
+            c.flush()
+        assert moments
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["new"]}
 
 
 @pytest.mark.parametrize("act", ["flush", "compact", "transaction", "drop"])
