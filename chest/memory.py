@@ -56,7 +56,6 @@ class Memory(Spilling):
                 yield
                 return
             self.begin("start a transaction")
-            self._demand_quiet()
             store, me = self.store, threading.get_ident()
             left = None if timeout is None else max(deadline - time.monotonic(), 0)
             try:
