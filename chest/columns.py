@@ -59,12 +59,12 @@ class Entry(NamedTuple):
 class Keys(NamedTuple):
     """Keys that are stored as they are, and the pickles of the others.
 
-    `numbers` tells of those that were read whether a bool or float is among the plain ones.
+    `kinds` are the types of the plain ones, where they were read.
     """
 
     plain: list[Any]
     pickled: list[bytes]
-    numbers: bool = False
+    kinds: Collection[type] = ()
 
     @classmethod
     def of(cls, keys: Iterable[Any]) -> Keys:
@@ -330,7 +330,7 @@ def _keys(plain: list[Any], pickled: list[bytes]) -> Keys:
             plain = [_with_one_nan(key, made) for key in plain]
     if not {*map(type, pickled)} <= {bytes}:
         raise FrameError("it has a key that is not a pickle")
-    return Keys(plain, pickled, not kinds.isdisjoint(NUMBERS))
+    return Keys(plain, pickled, kinds)
 
 
 def _has_nan(key: Any, without: set[int]) -> bool:

@@ -12,15 +12,16 @@ that its users know.
 from __future__ import annotations
 
 import operator
+import pickle
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from itertools import groupby, repeat
+from itertools import filterfalse, groupby, repeat
 from typing import Any
 
 from chest.aliases import ALIKE, UNSAVED, may_differ
 from chest.blocks import Steps, block
-from chest.columns import NUMBERS, Pickled, Puts, encode, gather, is_plain
-from chest.replay import Replay
+from chest.columns import NUMBERS, Keys, Pickled, Puts, encode, gather, is_plain
+from chest.replay import LEAST, SHARING, Replay
 
 FRAME_KEYS = 4096  # so many keys at most does a bad byte in the index cost
 BLOCK = 4096  # bytes that a file takes in steps of
@@ -204,7 +205,8 @@ class Ledger(Replay):
     def committed_rows(self) -> dict[Any, int]:
         """Return the keys that are stored as of the last commit, with their rows."""
         if not self._deleted and self._cleared is None:
-            return dict(self.stored())
+            rows = self.rows.copy()
+            return rows if min(rows.values(), default=0) >= 0 else dict(self.stored())
         # Not the keys that no commit holds: they may be named otherwise.
         cleared = {key: row for key, row in (self._cleared or {}).items() if row >= 0}
         rows = {**cleared, **self._deleted, **dict(self.stored())}
@@ -216,12 +218,17 @@ class Ledger(Replay):
         self._deleted, self._cleared = {}, None
         self._in_order = False
 
+    def _committed(self) -> tuple[list[Any], list[int]]:
+        """Return the keys that the last commit left, as the index has them, and their rows."""
+        committed = self.committed_rows()
+        # Where there are no names, all are plain: to ask each of them would take long.
+        keys = self._written([*committed], committed.values()) if self._names else [*committed]
+        keys = [*keys, *map(Pickled, self.unreadable)]
+        return keys, [*committed.values(), *self.unreadable.values()]
+
     def snapshot(self) -> list[bytes]:
         """Return payloads that record the committed state alone, and nothing of the past."""
-        committed = self.committed_rows()
-        keys = self._written([*committed], committed.values())
-        keys = [*keys, *map(Pickled, self.unreadable)]
-        rows = [*committed.values(), *self.unreadable.values()]
+        keys, rows = self._committed()
         files, places = gather(self._files, rows), gather(self._places, rows)
         packs = [*map({name: name for name in self.packs}.get, files, repeat(""))]
         order = sorted(range(len(keys)), key=[*zip(packs, places, strict=True)].__getitem__)
@@ -240,6 +247,15 @@ class Ledger(Replay):
         start = encode([], first=True, left=self.left())
         return [start, *names, *map(encode, _in_batches(blocks))]
 
+    def least(self) -> int:
+        """Return how many bytes a log of the committed state needs, or less; sooner than that."""
+        keys, rows = self._committed()
+        names = [*filterfalse(self.packs.__contains__, gather(self._files, rows))]
+        spelled = pickle.dumps((Keys.of(keys)[:2], names), 5)
+        # What is there again takes five bytes here, and may take two where there is less before it.
+        nbytes = len(spelled) - 3 * spelled.count(pickle.LONG_BINGET)
+        return max(nbytes, 0) + LEAST * len(rows)
+
     def committed(
         self,
         blocks: Collection[Puts],
@@ -248,18 +264,17 @@ class Ledger(Replay):
         names: dict[Any, Any],
     ) -> None:
         """Take in the chest's own commit, which `encode` has recorded."""
-        base, deleted = len(self._files), self._told()
+        base, left = len(self._files), self.left()
         retired = [*self._deleted.values(), *(self._cleared or {}).values()]
-        told = self._spelled(deleted)
-        gone = self._nbytes(told, self._deleted.values())
+        gone = self._bytes_of_deleted(Keys.of(self._told()), self._deleted.values())
         if self._cleared is not None:
             retired += self.unreadable.values()
-            self.unreadable = {}
-            gone += self.needed
+            self.unreadable, self.needed = {}, 0
         self._deleted, self._cleared = {}, None
         pickles = [name for name in names.values() if type(name) is bytes]
-        self._note_pickled(pickles)
-        self._note_read(pickles)
+        again = [*filter(self.unreadable.__contains__, pickles)]
+        gone += self._bytes_of_replaced(gather(self.unreadable, again))
+        self._note_read(again)
         for puts in blocks:
             rows = self._add_rows(*puts[1:], self._serials_of(puts.keys))
             if names:
@@ -271,8 +286,10 @@ class Ledger(Replay):
         if self._ties:  # keys that no commit holds come behind others
             self._in_order = False
         self.serializers[serializer[0]] = serializer[1]
-        self.records += len(deleted)
-        self._weigh(payloads, len(self._files) - base, told, gone)
+        kinds = {kind for puts in blocks for kind in map(type, puts.keys)}
+        whole = SHARING.isdisjoint(kinds) and not left
+        nbytes = self._bytes_of_records(payloads, len(blocks)) if whole else 0
+        self._weigh(nbytes, len(self._files) - base, gone)
 
     def inherit(self, old: Ledger) -> None:
         """Take over what is pending in `old`, which knew the same chest from an older index.

@@ -18,9 +18,7 @@ from chest.columns import (
     Frame,
     FrameError,
     Keys,
-    Pickled,
     Puts,
-    all_plain,
     decode,
     gather,
     is_plain,
@@ -28,10 +26,10 @@ from chest.columns import (
 from chest.errors import say
 from chest.filenames import pack_number
 
-FRAME = 79  # bytes of a frame beside its records, and the name of the serializer
-RECORD = 20  # bytes of a record beside its key, and the name of its file
-PICKLED = 200  # bytes of a key that needs a class, where none was seen
-FEW, SHORT = 16, 20  # so few records may take more bytes than that each would among many
+FRAME = 80  # bytes of a frame, or of a block, beside its records and the name of the serializer
+PLACED = 8  # bytes of a record at most for its place and serial, which may follow from others
+LEAST = 12  # bytes of a record beside that, its key and the name of its file
+SHARING = {tuple, frozenset}  # keys of these types may have parts that are written once for many
 
 logger = logging.getLogger("chest")
 
@@ -47,11 +45,7 @@ class Replay(Aliases):
     Attributes
     ----------
     needed : int
-        About how many bytes of the log record what is alive.
-    gone : int
-        About how many bytes of it recorded what is no more alive; never less than before.
-    records : int
-        How many records the log has of keys that were put or deleted.
+        What is alive needs so many bytes of the log, or more; as far as that is known.
     serializers : dict of str to (bool or None)
         The serializers that wrote values, and whether each writes text.
     unreadable : dict of bytes to int
@@ -65,12 +59,9 @@ class Replay(Aliases):
         super().__init__()
         self.trusted = trusted
         self.needed = 0
-        self.gone = 0
-        self.records = 0
         self.serializers: dict[str, bool | None] = {}
         self.unreadable: dict[bytes, int] = {}
         self.changed: dict[Any, int] = {}
-        self._pickled = self._pickles = 0  # bytes and number of keys that need a class, as read
         self._next_serial = 0
         self._in_order = True
         self._deleted: dict[Any, int] = {}  # not committed yet: keys with the rows they had
@@ -95,11 +86,9 @@ class Replay(Aliases):
             self._delete_all(self._cleared)
             self._cleared = None
         deleted, unread = self._read_keys(frame.deleted)
-        told = self._spelled(frame.deleted.plain) + sum(map(len, frame.deleted.pickled))
         rows = [self.rows.get(key, self._deleted.get(key, UNSAVED)) for key in deleted]
         rows += [self.unreadable.pop(data, UNSAVED) for data in unread]
-        gone = self._nbytes(told, rows)
-        self.records += len(rows)
+        gone = self._bytes_of_deleted(frame.deleted, rows)
         self._retire(rows[len(deleted) :])
         for key in deleted:
             if key in self._deleted:  # stays deleted, whatever becomes of it there
@@ -111,7 +100,10 @@ class Replay(Aliases):
                 del self.rows[key]
                 self._retire([row])
         gone += sum(map(self._put, frame.blocks))
-        self._weigh([payload], len(self._files) - base, told, gone)
+        kinds = {kind for block in frame.blocks for kind in block.keys.kinds}
+        whole = SHARING.isdisjoint(kinds) and not frame.left
+        nbytes = self._bytes_of_records([payload], len(frame.blocks)) if whole else 0
+        self._weigh(nbytes, len(self._files) - base, gone)
 
     def _apply_head(self, frame: Frame) -> None:
         if frame.first:
@@ -130,7 +122,7 @@ class Replay(Aliases):
         self._delete_all(self._cleared or {})
         self._deleted = dict.fromkeys(self._deleted, UNSAVED)
         self._cleared, self.unreadable = None, {}
-        self.gone, self.needed = self.gone + self.needed, 0
+        self.needed = 0
         self.rows = dict(self._unsaved())
 
     def _tell(self, rows: Iterable[tuple[Any, int]]) -> None:
@@ -144,9 +136,8 @@ class Replay(Aliases):
         self._note_order(block.serials)
         columns = (block.places, block.lengths, block.digests, block.serials)
         base = self._add_rows(block.pack or block.files, *columns).start
-        self._note_pickled(block.keys.pickled)
         again = [*filter(self.unreadable.__contains__, block.keys.pickled)]
-        gone = self._nbytes(sum(map(len, again)), gather(self.unreadable, again))
+        gone = self._bytes_of_replaced(gather(self.unreadable, again))
         keys, rows = self._block_keys(block, base)
         if not self._deleted:  # keys that are there keep their old rows as yet
             n = len(self.rows)
@@ -159,7 +150,7 @@ class Replay(Aliases):
         gone += self._replace(keys, rows, tell=True)
         for key in self._deleted.keys() & keys if self._deleted else ():
             row = self._deleted.pop(key)
-            gone += self._nbytes(self._spelled([key]), [row])
+            gone += self._bytes_of_replaced([row])
             self._retire([row])
             if key not in mine:  # deleted here: stays so
                 self._deleted[key] = self.rows.pop(key)
@@ -189,7 +180,7 @@ class Replay(Aliases):
         files, packs = self._files, self.packs
         triples = zip(keys, before, rows, strict=True)
         pairs = {key: (b, n) for key, b, n in triples if b >= 0 and b != n}
-        gone = self._nbytes(self._spelled(pairs), [b for b, _ in pairs.values()])
+        gone = self._bytes_of_replaced([b for b, _ in pairs.values()])
         self._retire(b for b, n in pairs.values() if files[b] in packs or files[b] != files[n])
         self._forget_names(b for b, _ in pairs.values())
         return gone
@@ -202,8 +193,8 @@ class Replay(Aliases):
             self.rows = {names.get(key, key): row for key, row in self.rows.items()}
 
     def _block_keys(self, block: Block, base: int) -> tuple[list[Hashable], Sequence[int]]:
-        plain, pickled, numbers = block.keys
-        if numbers:
+        plain, pickled, kinds = block.keys
+        if not NUMBERS.isdisjoint(kinds):
             found = zip(range(base, base + len(plain)), plain, strict=True)
             self._names.update((row, key) for row, key in found if type(key) in NUMBERS)
         if not pickled:
@@ -268,44 +259,35 @@ class Replay(Aliases):
 
     # -- how many bytes of the log are needed ------------------------------------------------------
 
-    def _weigh(self, payloads: Sequence[bytes], put: int, told: int, gone: int) -> None:
+    def _weigh(self, nbytes: int, put: int, gone: int) -> None:
         """Take note of what frames did to the number of bytes that are needed.
 
         Parameters
         ----------
-        payloads : sequence of bytes
+        nbytes : int
+            Bytes of their records, if none of them may be written once for several frames.
         put : int
             How many values they put.
-        told : int
-            Bytes of the keys that they delete.
         gone : int
-            Bytes of earlier records that they make history.
+            Bytes of earlier records that they make history, at most.
         """
-        frame = FRAME + max(map(len, self.serializers), default=0)
-        come = max(sum(map(len, payloads)) - frame * len(payloads) - told, 0)
-        if put < FEW:  # a frame of many may spell once what these spell each
-            come = min(come, SHORT * put)
+        come = LEAST * put if gone else max(nbytes - PLACED * put, LEAST * put)
         self.needed = max(self.needed - gone, 0) + come
-        self.gone += gone
-        self.records += put
 
-    def _nbytes(self, spelled: int, rows: Collection[int]) -> int:
-        """Return about how many bytes of the log record keys of `spelled` bytes with these rows."""
-        files = gather(self._files, [row for row in rows if row >= 0])
-        names = sum(map(len, filterfalse(self.packs.__contains__, files)))
-        return spelled + RECORD * len(rows) + names
+    def _bytes_of_records(self, payloads: Sequence[bytes], blocks: int) -> int:
+        names = len(payloads) * max(map(len, self.serializers), default=0)
+        return sum(map(len, payloads)) - FRAME * (len(payloads) + blocks) - names
 
-    def _note_pickled(self, pickles: Collection[bytes]) -> None:
-        self._pickles += len(pickles)
-        self._pickled += sum(map(len, pickles))
+    def _bytes_of_deleted(self, keys: Keys, rows: Collection[int]) -> int:
+        """Return how many bytes the log needs no more, at most, without the records of keys."""
+        spelled = map(pickle.dumps, [*keys.plain, *keys.pickled], repeat(3))  # without frames
+        return sum(map(len, spelled)) + PLACED * len(rows) + self._bytes_of_replaced(rows)
 
-    def _spelled(self, keys: Collection[Any]) -> int:
-        """Return about how many bytes spell keys; what several of them share counts for each."""
-        plain = keys if all_plain(keys) else [*filter(is_plain, keys)]
-        read = [key.data for key in keys if type(key) is Pickled] if plain is not keys else []
-        each = self._pickled // self._pickles if self._pickles else PICKLED
-        nbytes = sum(map(len, map(pickle.dumps, plain, repeat(3))))  # without frames
-        return nbytes + sum(map(len, read)) + each * (len(keys) - len(plain) - len(read))
+    def _bytes_of_replaced(self, rows: Collection[int]) -> int:
+        """Return the same, where the keys have new records; beside those bytes that both have."""
+        stored = [row for row in rows if row >= 0]
+        names = filterfalse(self.packs.__contains__, gather(self._files, stored))
+        return LEAST * len(stored) + sum(map(len, map(pickle.dumps, names, repeat(3))))
 
 
 def _load_key(data: bytes, trusted: bool) -> Hashable:

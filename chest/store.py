@@ -156,7 +156,6 @@ class Store(Upkeep):
         with self.index.locked(timeout):
             if self._transaction is None:
                 self.catch_up()
-                self._turned = -1 if self.untidy else self._turnover()  # -1: it passed any mark
             yield
 
     def commit(self, batch: Batch) -> None:

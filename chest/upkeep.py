@@ -43,10 +43,8 @@ class Upkeep(Reading, ABC):
         self, path: str, serializer: Serializer, options: Options, *, reopen: bool = False
     ) -> None:
         self._swept_staging = False
-        self._compact_after = 0.0  # the time from which it is tried again, if that failed
+        self._compact_after = 0.0  # the time before which it is not tried again: it failed
         self._tolerated = 0  # bytes retired before waste in packs is looked for
-        self._turned = 0  # the turnover of the log when the lock was taken
-        self._measured = (0, 0, 0, 0)  # bytes, those needed, records, keys: at the last look
         super().__init__(path, serializer, options, reopen=reopen)
 
     @abstractmethod
@@ -56,7 +54,6 @@ class Upkeep(Reading, ABC):
     def _apply_anew(self, payloads: list[bytes]) -> None:
         super()._apply_anew(payloads)
         self._tolerated = 0
-        self._measured = (0, 0, 0, 0)
 
     def _sweep(self) -> None:
         """Remove what a crash left."""
@@ -290,48 +287,26 @@ class Upkeep(Reading, ABC):
             return copy
         raise AssertionError("there is always another number")
 
-    def _turnover(self) -> int:
-        """Return how many bytes of the log came or went."""
-        return self.index.length + self.ledger.gone
-
-    def _estimate(self) -> int:
-        """Return about how many bytes of the log are needed.
-
-        The lesser of two estimates: by the bytes of what came and went, and by the share of the
-        records that are alive among those that came since that was last measured, as if all were
-        of one length.
-        """
-        ledger, (size, needed, records, keys) = self.ledger, self._measured
-        came, more = ledger.records - records, len(ledger.rows) - keys
-        return min(ledger.needed, needed + (self.index.length - size) * more // max(came, 1))
-
     def _compact_if_due(self) -> None:
-        """Write the log anew where what is alive takes no more than three quarters of it.
+        """Write the log anew where it takes more than twice what it needs.
 
-        To find that out takes time, and so does writing. Therefore that is asked only where what
-        is alive may take half of the log; and only where as much has come and gone as some
-        twentieth of the log, by marks that are the same for all who write it: whoever passes one
-        asks. Who could not write it tries again after some time.
+        To find that out takes time. So it is asked only where what came and went since may have
+        brought it that far; and the log stays where it would not be shorter by a sixth.
         """
-        size, step = self.index.length, 1 << self.index.length.bit_length() >> 5
-        passed = self._turnover() // step != self._turned // step
-        if size < COMPACT_BYTES or not (passed or self._compact_after):
+        size, ledger = self.index.length, self.ledger
+        if size <= max(2 * ledger.needed, COMPACT_BYTES) or time.monotonic() < self._compact_after:
             return
-        if time.monotonic() < self._compact_after:
+        ledger.needed = least = ledger.least()
+        if size <= 2 * least:
             return
-        self._compact_after = 0.0
-        # At the next mark the log may be a step longer, and what is alive a step less.
-        if size + 2 * step < 2 * self._estimate():
-            return
-        payloads = self.ledger.snapshot()
-        needed = log_size(payloads)
-        if 4 * needed > 3 * size:
-            self.ledger.needed = needed
-            self._measured = (size, needed, self.ledger.records, len(self.ledger.rows))
+        payloads = ledger.snapshot()
+        if 6 * log_size(payloads) > 5 * size:
+            ledger.needed = log_size(payloads)
             return
         try:
             self._replace_index(payloads)
             self.catch_up()
+            self.ledger.needed = least
         except OSError as error:  # what was committed counts; who looks next catches up
             logger.warning("the index %s could not be compacted: %s", self.index.path, error)
             self._compact_after = time.monotonic() + RETRY

@@ -540,7 +540,7 @@ def test_what_is_cleared_keeps_its_name_in_a_snapshot(path):
         c[np.int64(1)] = "new"
         c.clear()
         keys = [block.keys for data in c._memory.ledger.snapshot() for block in decode(data).blocks]
-        assert keys == [([1], [], False)]
+        assert keys == [([1], [], {int})]
 
 
 class Anything:
