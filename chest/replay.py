@@ -281,7 +281,7 @@ class Replay(Aliases):
     def _bytes_of_deleted(self, keys: Keys, rows: Collection[int]) -> int:
         """Return how many bytes the log needs no more, at most, without the records of keys."""
         spelled = map(pickle.dumps, [*keys.plain, *keys.pickled], repeat(3))  # without frames
-        return sum(map(len, spelled)) + PLACED * len(rows) + self._bytes_of_replaced(rows)
+        return sum(map(len, spelled)) + self._bytes_of_replaced(rows)
 
     def _bytes_of_replaced(self, rows: Collection[int]) -> int:
         """Return the same, where the keys have new records; beside those bytes that both have."""

@@ -53,17 +53,17 @@ class Log:
         self.sizes[name] = start + len(keys) * length
         return Puts(keys, name, places, [length] * len(keys), [digest] * len(keys))
 
-    def commit(self, ledger, puts=(), *packed, digest=DIGEST):
+    def commit(self, ledger, puts=(), *packed, digest=DIGEST, left=(), serializer=PICKLE):
         """Commit values for keys, and whatever deletion is pending; return the payloads."""
-        ledger.obsolete = []  # the files of the last commit have been removed
+        ledger.obsolete = [*left]  # all others of the last commit's files have been removed
         own = [Puts.of({key: self.entry(digest) for key in puts})] if puts else []
         blocks = [*own, *packed]
         for block in blocks:
             for key in block.keys:
                 if key not in ledger.rows:
                     ledger.add(key)
-        payloads, names = ledger.encode(blocks, PICKLE)
-        ledger.committed(blocks, PICKLE, payloads, names)
+        payloads, names = ledger.encode(blocks, serializer)
+        ledger.committed(blocks, serializer, payloads, names)
         ledger.check()
         self.payloads += payloads
         return payloads
@@ -759,6 +759,39 @@ def test_what_of_all_is_needed_least_counts_the_names_of_files_and_what_is_unrea
     assert len(other.unreadable) == 100
     for one in (ledger, other):
         assert 0.9 * log_size(one.snapshot()) < one.least() <= log_size(one.snapshot())
+
+
+@pytest.mark.parametrize("beside", ["files left", "a long name", "blocks", "columns"])
+def test_what_stands_beside_the_records_is_not_needed(log, beside):
+    ledger, other = log.open(), log.open()
+    left = [Entry("x" * 500, 0, 10, DIGEST)] if beside == "files left" else []
+    serializer = ("long" * 100, None) if beside == "a long name" else PICKLE
+    for n in range(20):
+        keys = [f"{n:02} {m:0100}" for m in range(40)]
+        if beside == "blocks":
+            puts = [log.packed([key]) for key in keys]
+        elif beside == "columns":
+            for key in keys:
+                ledger.add(key)
+            puts = [log.packed(keys).pick(random.Random(n).sample(range(40), 40))]
+        else:
+            puts = [log.packed(keys)]
+        apply(other, log.commit(ledger, (), *puts, left=left, serializer=serializer))
+    assert other.needed == ledger.needed > 0
+    assert_bounds(ledger)
+    assert_bounds(other)
+
+
+def test_what_nobody_could_read_here_is_counted_once_when_it_is_set_again(log, vanishing):
+    keys = [vanishing(x, 0) for x in range(300)]
+    log.commit(log.open(), (), log.packed(keys))
+    module = sys.modules.pop("vanishing")
+    ledger = log.open()
+    assert len(ledger.unreadable) == 300
+    sys.modules["vanishing"] = module
+    log.commit(ledger, (), log.packed(keys))
+    assert not ledger.unreadable
+    assert_bounds(ledger)
 
 
 def test_keys_that_need_a_class_are_needed_no_more_when_they_are_deleted(log):
