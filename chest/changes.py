@@ -35,6 +35,8 @@ class Changes(Residents):
         if self._is_publishing():
             return
         with self.lock, self:
+            if self._is_recording and self.store.index.blocks:
+                return  # amid a commit of this thread, which to mend or to look would undo
             self._loads.release_what_is_left()
             if self._torn:
                 self._mend()

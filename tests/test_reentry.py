@@ -6,6 +6,7 @@ What is collected as garbage does so at any moment, and so these are moments of 
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from contextlib import suppress
 from functools import partial
@@ -16,6 +17,7 @@ import pytest
 import chest.upkeep
 from chest import Chest
 from chest.directory import Directory
+from chest.frames import HEAD
 from chest.index import Index
 from chest.ledger import Ledger
 from chest.staging import Batch
@@ -634,3 +636,55 @@ def test_what_is_collected_at_the_end_of_a_transaction_is_not_part_of_it(path, m
         c.flush()
     with Chest(path=path) as c:
         assert dict(c) == {"k": ["new"], "z": ["new"]}
+
+
+class Exhausting:
+    """A key with which memory ends."""
+
+    def __hash__(self):
+        raise MemoryError
+
+
+def mark_as_moved(path):
+    """Leave the mark of a compaction that died."""
+    with open(os.path.join(path, ".keys"), "r+b") as file:
+        last = file.read(HEAD)[-1]
+        file.seek(HEAD - 1)
+        file.write(bytes([last | 0x80]))
+
+
+@pytest.mark.parametrize("act", ["get", "delete", "flush", "clear", "compact", "drop"])
+@pytest.mark.parametrize("before", ["nothing", "a mark", "an error", "a refusal"])
+def test_nothing_is_mended_or_looked_at_amid_a_commit(path, monkeypatch, before, act):
+    def collect(self, *args):
+        if moments:
+            moments.pop()
+            if before == "an error":
+                with pytest.raises(MemoryError):
+                    c[Exhausting()] = 1
+            if before == "a refusal":
+                with pytest.raises(RuntimeError, match="amid a commit"):
+                    c.drop()
+            assert c["x"] == ["old"]
+            c["later"] = ["new"]
+            with suppress(RuntimeError):
+                c.pop("x") if act == "delete" else getattr(c, act)(*["x"] * (act == "get"))
+        plain(self, *args)
+
+    plain, moments = Store._write, []
+    monkeypatch.setattr(Store, "_write", collect)
+    with Chest({"k": ["old"], "x": ["old"]}, path=path):
+        pass
+    if before == "a mark":
+        mark_as_moved(path)
+    expected = {"k": ["new"], "x": ["old"], "more": ["new"], "later": ["new"]}
+    with Chest(path=path) as c:
+        c["k"], c["more"] = ["new"], ["new"]
+        moments.append(act)
+        c.flush()
+        assert not moments
+        assert dict(c) == expected
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == expected
