@@ -251,6 +251,8 @@ class Index(Head):
         return any(thread == me for thread, _ in _holders.copy())
 
     def _lock(self, timeout: float | None) -> None:
+        if self.is_locked:  # by what was collected as garbage meanwhile
+            return
         if self.held_here():
             message = "another chest of this thread is committing there"
             raise OSError(errno.EDEADLK, message, self.path)

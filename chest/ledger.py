@@ -48,7 +48,7 @@ class Ledger(Replay):
         self._next_serial = serial + 1  # first: an interrupt may skip a number, not give it twice
         if type(key) not in ALIKE and may_differ(key):
             self._names[~serial] = key
-        self.rows[key] = ~serial
+        self.rows.setdefault(key, ~serial)  # what is collected as garbage may have committed it
 
     def delete(self, key: Hashable, *, last: bool = False) -> None:
         """Delete `key`; the next commit will say so.
@@ -56,9 +56,10 @@ class Ledger(Replay):
         With `last` it was the last of them a moment ago. To find that takes a dict as many steps
         as were deleted behind it with ``del``; what its `popitem` takes is forgotten.
         """
+        name = self.spelled(key)  # first: what is collected as garbage there may commit
         row = self.rows[key]  # asks for the hash even where there is no key: see dict.__delitem__
         if row >= 0:
-            self._deleted[self.spelled(key)] = row
+            self._deleted[name] = row
         if last and next(reversed(self.rows)) is key:
             self.rows.popitem()
         else:

@@ -688,3 +688,69 @@ def test_nothing_is_mended_or_looked_at_amid_a_commit(path, monkeypatch, before,
         c._check()
     with Chest(path=path) as c:
         assert dict(c) == expected
+
+
+@pytest.mark.parametrize("kind", ["new", "number"])
+def test_what_is_set_while_garbage_sets_and_commits_the_same_is_there_once(path, monkeypatch, kind):
+    def collect(self, key):
+        if moments:
+            moments.pop()
+            c[key] = ["garbage"]
+            c.flush()
+        plain(self, key)
+
+    key = {"new": "new", "number": 1.0}[kind]
+    plain, moments = Ledger.add, []
+    monkeypatch.setattr(Ledger, "add", collect)
+    with Chest({"k": ["old"]}, path=path) as c:
+        moments.append("set")
+        c[key] = ["set"]
+        assert not moments
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["old"], key: ["set"]}
+
+
+def test_what_is_deleted_while_garbage_commits_is_gone_for_good(path, monkeypatch):
+    def collect(self, key):
+        if moments:
+            moments.pop()
+            c["k"] = c["new"] = ["garbage"]
+            c.flush()
+        return plain(self, key)
+
+    plain, moments = Ledger.spelled, []
+    monkeypatch.setattr(Ledger, "spelled", collect)
+    with Chest({"k": ["old"], "x": ["old"]}, path=path) as c:
+        c.flush()
+        moments.append("deleted")
+        del c["k"]
+        assert not moments
+        c.flush()
+        assert dict(c) == {"x": ["old"], "new": ["garbage"]}
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"x": ["old"], "new": ["garbage"]}
+
+
+def test_garbage_may_commit_as_the_lock_is_taken(path, monkeypatch):
+    def collect(self, timeout):
+        if moments:
+            moments.pop()
+            c["new"] = ["garbage"]
+            c.flush()
+        plain(self, timeout)
+
+    plain, moments = Index._lock, []
+    monkeypatch.setattr(Index, "_lock", collect)
+    with Chest({"k": ["old"]}, path=path) as c:
+        moments.append("locked")
+        c.flush()
+        assert not moments
+        c._check()
+        with Chest(path=path) as other:  # which gets the lock
+            other["other"] = ["new"]
+            other.flush()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["old"], "new": ["garbage"], "other": ["new"]}
