@@ -311,8 +311,8 @@ class Hands:
 
     def alive(self) -> list[tuple[Any, Any]]:
         """Return all that left and is alive, as pairs of key and value."""
-        pairs = [(key, left()) for key, left in self._left.items()]
-        kept = [(key, value) for key, (_, value) in self.kept.items()]
+        pairs = [(key, left()) for key, left in self._left.copy().items()]
+        kept = [(key, value) for key, (_, value) in self.kept.copy().items()]
         return kept + [(key, value) for key, value in pairs if value is not None]
 
     def check(self, rows: dict[Any, int], inmem: dict[Any, Any]) -> None:

@@ -425,6 +425,7 @@ class Index(Head):
         OSError
             If it could not be done; the log is then as it was.
         """
+        ahead = NOBODY
         try:
             write_log(scratch, payloads, fsync=self._fsync)
             new = open_file(scratch, "r+b")
@@ -434,9 +435,12 @@ class Index(Head):
             self.publishing = _native(_native(self.head[1]) | MOVED)
             self.demand_current()
             self._set_moved(True)
+            ahead = threading.get_ident(), examined[1]
+            _holders.add(ahead)  # or another index of this thread would wait for itself
             os.replace(scratch, self.path)
         except BaseException:
             self.publishing = -1
+            _holders.discard(ahead)
             self._give_up_next()  # first: the system may refuse to tell what comes next
             if not self._is_replaced():  # an interrupt may come after the replacement
                 with suppress(OSError):  # the next commit does it
@@ -452,6 +456,7 @@ class Index(Head):
                 unlock_descriptor(old.fileno())  # a forked child may have it open, too
                 old.close()
             else:
+                _holders.discard(ahead)
                 self._give_up_next()  # which is locked, if an interrupt came before it began
 
     def remove(self) -> None:

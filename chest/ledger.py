@@ -303,9 +303,15 @@ class Ledger(Replay):
             if mine < 0 or self._digests[mine] != old._digests[row]:
                 changed.setdefault(key, old._digests[row])
         self.changed = changed
+        self.take_pending(old)
+        self.unsure = old.unsure
+
+    def take_pending(self, old: Ledger) -> None:
+        """Take over the deletions and the new keys of `old`, if they are not taken over yet."""
         old._delete_all(old._cleared or {})
         for key, row in old._deleted.items():
-            if row >= 0 and key in self.rows and key not in old.rows:  # not set again here
+            # Neither set again there, nor here since that was taken over.
+            if row >= 0 and self.rows.get(key, UNSAVED) >= 0 and key not in old.rows:
                 self.delete(key)
         for key, row in old._unsaved():
             if key not in self.rows:
@@ -314,7 +320,6 @@ class Ledger(Replay):
                 self.rows[key] = row
                 self._in_order = False
         self._next_serial = max(self._next_serial, old._next_serial)
-        self.unsure = old.unsure
 
     # -- order -------------------------------------------------------------------------------------
 

@@ -156,6 +156,8 @@ class Memory(Spilling):
                 self._forget(key)
             store.roll_back()
             self._look(store)
+            for key in self.inmem.keys() - self.ledger.rows.keys():  # set by a hook meanwhile
+                self._forget(key)
             changed = self.ledger.changed
             for key in list(changed):
                 value = self.in_memory(key)
@@ -178,7 +180,8 @@ class Memory(Spilling):
             self._start()
 
     def _changed_in_place(self) -> list[Any]:
-        alive = {**dict(self._hands.alive()), **{key: self.inmem[key] for key in self._loose}}
+        loose = [*filter(self.inmem.__contains__, self._loose.copy())]
+        alive = {**dict(self._hands.alive()), **{key: self.inmem[key] for key in loose}}
         clean = ((key, value) for key, value in alive.items() if key not in self.dirty)
         return [k for k, value in clean if self._differs(k, value)]
 
@@ -230,6 +233,7 @@ class Memory(Spilling):
                 self._end()  # what an interrupt left of that
                 return
             self._refuse_in_transaction("close the chest")
+            self._demand_quiet()
             if self._is_temporary():
                 self.drop()
                 return

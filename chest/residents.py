@@ -244,7 +244,10 @@ class Residents(ABC):
 
     def _look(self, store: Store) -> None:
         """Take over what `store` has new."""
-        self.ledger = store.ledger
+        if self.ledger is not store.ledger:
+            with store.recording():
+                old, self.ledger = self.ledger, store.ledger
+                self.ledger.take_pending(old)  # what a hook did since it was inherited
         self.head = store.index.head
         self.seen = NEVER if self.in_transaction or self._torn else store.index.seen
         self._arm()

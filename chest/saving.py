@@ -220,7 +220,8 @@ class Saving(Loading):
                 saved = [key for key in saved if self.inmem.get(key) is values[key]]
             if self._as_loaded:
                 deque(map(self._as_loaded.pop, saved, repeat(None)), maxlen=0)
-            self._shrunk -= sum(map(self.dirty.pop, saved))
+            # What is collected as garbage may have saved them once more by now.
+            self._shrunk -= sum(map(self.dirty.pop, saved, repeat(0)))
             self._outdated = self._shrunk
             if not self.dirty:
                 self.dirty.clear()  # a dict that was large takes long to be looked through

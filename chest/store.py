@@ -344,16 +344,17 @@ class Store(Upkeep):
 
     def roll_back(self) -> None:
         """Take back what was written in the transaction; ``ledger.changed`` tells what it was."""
-        written, self._transaction = self._transaction or Written([], {}), None
-        wrote = self.index.appended or self.index.seen == -1
-        if self.index.appended and not self.index.published:
-            self._take_back(written, 0)
-        # The ledger has what was deleted under the names by which it was deleted.
-        reads = wrote or self.ledger.pending
-        self.ledger.revert()
-        if reads:
-            self.index.rewind()
-            self.catch_up()
+        with self.recording():  # a commit would publish what is taken back
+            written, self._transaction = self._transaction or Written([], {}), None
+            wrote = self.index.appended or self.index.seen == -1
+            if self.index.appended and not self.index.published:
+                self._take_back(written, 0)
+            # The ledger has what was deleted under the names by which it was deleted.
+            reads = wrote or self.ledger.pending
+            self.ledger.revert()
+            if reads:
+                self.index.rewind()
+                self.catch_up()
 
     def drop(self) -> None:
         """Remove every file that the chest wrote, and the directory if nothing else is in it."""

@@ -5,21 +5,23 @@ What is collected as garbage does so at any moment, and so these are moments of 
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import weakref
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import numpy as np
 import pytest
 
 import chest.upkeep
-from chest import Chest
+from chest import Chest, UnsavedError
 from chest.directory import Directory
 from chest.frames import HEAD
 from chest.index import Index
 from chest.ledger import Ledger
+from chest.residents import Residents
 from chest.staging import Batch
 from chest.store import Store
 from chest.upkeep import Upkeep
@@ -754,3 +756,192 @@ def test_garbage_may_commit_as_the_lock_is_taken(path, monkeypatch):
             other.flush()
     with Chest(path=path) as c:
         assert dict(c) == {"k": ["old"], "new": ["garbage"], "other": ["new"]}
+
+
+@pytest.mark.parametrize("act", ["compact", "roll back"])
+def test_what_is_set_as_the_index_is_read_anew_is_not_lost(path, monkeypatch, act):
+    def collect(self, old):
+        plain(self, old)
+        if moments:
+            moments.pop()
+            c["new"], c["k"] = ["garbage"], ["garbage"]
+            with pytest.raises(RuntimeError, match="amid a commit"):
+                del c["x"]
+
+    plain, moments = Ledger.inherit, []
+    monkeypatch.setattr(Ledger, "inherit", collect)
+    with Chest({"k": ["old"], "x": ["old"]}, path=path) as c:
+        c.flush()
+        for n in range(100):
+            c["x"] = [n]
+            c.flush()
+        moments.append(act)
+        if act == "compact":
+            c.compact()
+        else:
+            with suppress(ZeroDivisionError), c.transaction():
+                c["k"] = ["never"]
+                c.flush()
+                1 / 0  # noqa: B018
+        assert not moments
+        kept = "garbage" if act == "compact" else "old"  # as of before the transaction
+        expected = {"k": [kept], "x": [99], "new": ["garbage"]}
+        assert dict(c) == expected
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == expected
+
+
+def test_what_is_deleted_once_the_index_was_read_anew_stays_so(path, monkeypatch):
+    def collect(self, store):
+        if moments and self.ledger is not store.ledger:
+            moments.pop()
+            del c["x"]
+            c["y"], c["new"] = ["garbage"], ["garbage"]
+        plain(self, store)
+
+    plain, moments = Residents._look, []
+    monkeypatch.setattr(Residents, "_look", collect)
+    with Chest({"k": ["old"], "x": ["old"], "y": ["old"]}, path=path) as c:
+        c.flush()
+        del c["y"]
+        for n in range(20):
+            c["k"] = [n]
+            c.flush()
+        moments.append("compact")
+        c.compact()
+        assert not moments
+        assert dict(c) == {"k": [19], "y": ["garbage"], "new": ["garbage"]}
+        c.flush()
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": [19], "y": ["garbage"], "new": ["garbage"]}
+
+
+def test_what_is_set_amid_a_roll_back_breaks_nothing(path, monkeypatch):
+    def collect(self):
+        if moments:
+            moments.pop()
+            c["new"] = ["garbage"]
+        plain(self)
+
+    plain, moments = Store.roll_back, []
+    monkeypatch.setattr(Store, "roll_back", collect)
+    with Chest({"k": ["old"]}, path=path) as c:
+        c.flush()
+        with suppress(ZeroDivisionError), c.transaction():
+            c["k"] = ["never"]
+            moments.append("now")
+            1 / 0  # noqa: B018
+        assert not moments
+        c._check()
+        assert dict(c) == {"k": ["old"]}
+        c.flush()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["old"]}
+
+
+def test_nothing_commits_what_is_taken_back(path, monkeypatch):
+    def collect(self, *args):
+        if moments:
+            moments.pop()
+            c["new"] = ["garbage"]
+            with pytest.raises(RuntimeError, match="amid a commit"):
+                c.flush()
+        plain(self, *args)
+
+    plain, moments = Store._take_back, []
+    monkeypatch.setattr(Store, "_take_back", collect)
+    with Chest({"k": ["old"], "x": ["old"]}, path=path) as c:
+        c.flush()
+        with suppress(ZeroDivisionError), c.transaction():
+            c["k"] = ["never"]
+            c.flush()
+            moments.append("now")
+            1 / 0  # noqa: B018
+        assert not moments
+        c.flush()
+        c._check()
+        assert (c["k"], c["x"]) == (["old"], ["old"])
+    with Chest(path=path) as c:
+        assert (c["k"], c["x"]) == (["old"], ["old"])
+
+
+def test_what_garbage_saves_once_more_is_saved(path, monkeypatch):
+    def collect(self, store):
+        if moments and store.untidy and not store.is_recording:
+            moments.pop()
+            c.flush()
+        plain(self, store)
+
+    plain, moments = Residents._look, []
+    with Chest({"k": ["old"]}, path=path) as c:
+        c.flush()
+        c["k"], c["new"] = ["new"], ["new"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Residents, "_look", collect)
+            moments.append("saved")
+            c.flush()
+        assert not moments
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["new"], "new": ["new"]}
+
+
+def test_nobody_closes_the_chest_amid_a_commit(path, monkeypatch):
+    def collect(self):
+        if moments and not c._memory.dirty:
+            moments.pop()
+            with pytest.raises(RuntimeError, match="amid a commit"):
+                c.close()
+        return plain(self)
+
+    plain, moments = Upkeep._remove_dead_packs, []
+    monkeypatch.setattr(Upkeep, "_remove_dead_packs", collect)
+    with Chest({"k": ["old"]}, path=path) as c:
+        c.flush()
+        c["k"] = ["new"]
+        moments.append("tidied up")
+        c.flush()
+        assert not moments
+        c["x"] = ["new"]
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["new"], "x": ["new"]}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("fails", [False, True])
+def test_another_chest_of_the_thread_does_not_wait_for_a_compaction(path, monkeypatch, fails):
+    """It would wait for ever."""
+
+    def then(source, target):
+        if target.endswith(".keys") and moments:
+            moments.pop()
+            if fails:
+                raise OSError(errno.EIO, "the disk fails")
+            plain(source, target)
+            with Chest(path=path) as other, pytest.raises(UnsavedError, match="of this thread"):
+                other["other"] = 1
+                try:
+                    other.flush()
+                finally:
+                    del other["other"]
+        else:
+            plain(source, target)
+
+    plain, moments = os.replace, []
+    monkeypatch.setattr(os, "replace", then)
+    with Chest({"k": ["old"]}, path=path) as c:
+        for n in range(9):
+            c["k"] = [n]
+            c.flush()
+        moments.append("replaced")
+        with pytest.raises(OSError, match="the disk fails") if fails else nullcontext():
+            c.compact()
+        assert not moments
+        with Chest(path=path) as other:  # now it may
+            other["other"] = 2
+            other.flush()
+        assert dict(c) == {"k": [8], "other": 2}
+        c._check()
