@@ -310,6 +310,7 @@ class Index(Head):
                 unlock_descriptor(self._file.fileno())
         finally:
             _holders.discard(self._entry)
+            _holders.discard((self._entry[0], self._identity))  # left by an interrupted `replace`
             self._entry = NOBODY
 
     @property

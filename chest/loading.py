@@ -227,7 +227,7 @@ class Loading(Changes):
                 self._loads.threads.pop(key, None)  # before anybody else gets the lock
                 return taken
             except BaseException as error:
-                self.__exit__(type(error))
+                self.__exit__(type(error), error, error.__traceback__)
                 raise
 
     def _take_in(

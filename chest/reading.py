@@ -96,11 +96,14 @@ class Reading:
     @block
     def recording(self) -> Steps:
         """Have whoever deletes or commits in the block refused by `demand_quiet`."""
-        before, self.is_recording = self.is_recording, True
+        if self.is_recording:  # part of the one around it, which ends it
+            yield
+            return
+        self.is_recording = True
         try:
             yield
         finally:
-            self.is_recording = before
+            self.is_recording = False
 
     def demand_quiet(self) -> None:
         """Refuse what would make history of what is being recorded.

@@ -18,6 +18,8 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from traceback import clear_frames
+from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from chest.aliases import UNSAVED
@@ -146,9 +148,15 @@ class Residents(ABC):
         """Begin what has to be mended if it is interrupted; under the lock."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if kind is not None and (not issubclass(kind, Exception) or issubclass(kind, _ANYWHERE)):
             self._tear()
+            clear_frames(traceback)  # which may hold a lock, or much memory, as long as it lives
 
     def _tear(self) -> None:
         """Have the next operation mend everything."""

@@ -169,7 +169,7 @@ class Spilling(Saving):
             return True
         except BaseException as error:
             if self.holds_lock():
-                self.__exit__(type(error))
+                self.__exit__(type(error), error, error.__traceback__)
             raise
         finally:
             try:  # noqa: SIM105 -- `suppress` is a call, where interrupts come

@@ -42,8 +42,10 @@ import chest.staging
 import chest.store
 import chest.upkeep
 from chest import Chest
+from chest.blocks import Block
 from chest.eviction import Eviction
 from chest.hands import Hands
+from chest.index import Index
 from chest.packs import MANY
 
 fcntl = pytest.importorskip("fcntl")
@@ -864,11 +866,14 @@ def is_finalizer(where):
 
 
 def is_before_an_exit(where):
-    """Tell whether a block of `with` was not left: it is when the traceback goes.
+    """Tell whether a transaction was not left: it is when the traceback goes.
 
-    Python looks for signals as it enters ``__exit__``, before the first line of it.
+    Python looks for signals as it enters ``__exit__``, before the first line of it. Of all other
+    blocks the operation around them clears the frames.
     """
-    return where[0] == "enter in" and re.match(r"(blocks|contextlib)\.py:.* __exit__", where[1])
+    if where[0] != "enter in" or not re.match(r"(blocks|contextlib)\.py:.* __exit__", where[1]):
+        return False
+    return not where[2:] or re.match(r"test_interrupts\.py:|memory\.py:.* transaction$", where[2])
 
 
 def is_unknown(where):
@@ -1282,6 +1287,37 @@ def test_an_interrupt_around_a_transaction_locks_nobody_out_while_its_traceback_
         gc.collect()
     assert len(tried) > 20
     assert any(place.endswith(" __enter__") and place.startswith("blocks.py") for place in tried)
+
+
+def test_an_interrupt_as_a_block_or_a_compaction_ends_locks_nobody_out(folders):
+    """Neither others while its traceback lives, nor this chest later on."""
+
+    def compact(interrupter):
+        path, kept = next(folders), []
+        with Chest({"n": [0]}, path) as c, Chest(path=path) as other:
+            c.flush()
+            c["n"] = [1]
+            try:
+                with interrupter:
+                    c.compact()
+            except KeyboardInterrupt as error:
+                kept.append(error)
+            with other.transaction(timeout=0):
+                other["probe"] = 1
+        with Chest(path=path) as c:
+            assert dict(c) == {"n": [1], "probe": 1}, interrupter.where
+            c._check()
+
+    def is_one(code, *callers):
+        return code is Block.__exit__.__code__ or Index.replace.__code__ in (code, *callers)
+
+    with silent():
+        compact(counting := Interrupter())
+        points = [[code for code, _ in calls] for *calls, _ in counting.points]
+        chosen = [n for n, codes in enumerate(points) if is_one(*codes)]
+        assert len(chosen) > 50
+        for at in chosen:
+            compact(Interrupter(at))
 
 
 def test_an_update_that_is_interrupted_after_its_commit_leaves_no_old_value_in_memory(path):
