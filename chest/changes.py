@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import compress, filterfalse
 from typing import Any
 
@@ -186,10 +186,11 @@ class Changes(Residents):
         keys = [*filterfalse(self.ledger.changed.__contains__, keys)]  # that comes next
         entries = {key: hands.kept[key] for key in keys if key in hands.kept}
         small = hands.kept_small(keys)
-        changed, others = self._compare(small, keys)
-        for key in changed:
-            self._revive(key, small[key])
-        del small  # else all of them are lent
+        pairs, others = self._compare([*small], [*small.values()], keys)
+        for key, value in pairs:
+            self._revive(key, value)
+        changed = [key for key, _ in pairs]
+        del small, pairs  # else all of them are lent
         changed += [*filter(self._has_changed, others)]
         for key in filterfalse({*changed}.__contains__, entries):
             hands.let_go(key, entries[key])
@@ -234,23 +235,29 @@ class Changes(Residents):
         clean = [*filterfalse(self.dirty.__contains__, keys)]
         for start in range(0, len(clean), COMPARED):
             some = clean[start : start + COMPARED]
-            some = [k for k in some if k in self.inmem and k not in self.dirty]  # still
-            names = self.eviction.small(some)
-            small = dict(zip(names, gather(self.inmem, names), strict=True))
-            changed, others = self._compare(small, some)
-            for key in changed:
-                if self.inmem.get(key, MISSING) is small[key]:  # what was pickled may set others
+            try:
+                values = gather(self.inmem, some)
+            except KeyError:  # what was pickled deleted some, or let them leave
+                some = [*filter(self.inmem.__contains__, some)]
+                values = gather(self.inmem, some)
+            if (small := self.eviction.small(some)) is not some:
+                values = gather(self.inmem, small)
+            changed, others = self._compare(small, values, some)
+            for key, value in changed:
+                if self.inmem.get(key, MISSING) is value:  # what was pickled may set others
                     self.dirty.setdefault(key, 0)
             for key in others:
                 self._must_write(key)
 
-    def _compare(self, small: dict[Any, Any], keys: list[Any]) -> tuple[list[Any], list[Any]]:
+    def _compare(
+        self, small: list[Any], values: Sequence[Any], keys: list[Any]
+    ) -> tuple[list[tuple[Any, Any]], list[Any]]:
         """Pickle the `small` ones of clean values, and compare them, in few steps.
 
         Returns
         -------
         changed : list
-            The keys of those that changed in place.
+            The keys and values of those that changed in place.
         others : list
             Those of `keys` that have to be looked at one by one.
         """
@@ -259,16 +266,17 @@ class Changes(Residents):
         if not self.serializer.direct or self.ledger.changed:
             return [], keys
         try:
-            expected: Iterable[Any] = self.ledger.digests([*small])
+            expected: Iterable[Any] = self.ledger.digests(small)
             if self._as_loaded:
                 expected = [*map(self._as_loaded.get, small, expected)]
-            streams: Any = self.serializer.dumps_all([*small.values()])
-            changed = [*compress(small, map(operator.ne, expected, map(digest_bytes, streams)))]
-        except (KeyError, TypeError):  # what is pickled deletes others, or cannot be
+            streams: Any = self.serializer.dumps_all(values)
+            differ = map(operator.ne, expected, map(digest_bytes, streams))
+            changed = [*compress(zip(small, values, strict=True), differ)]
+        except (LookupError, TypeError):  # what is pickled deletes or sets others, or cannot be
             return [], keys
         if len(small) == len(keys):
             return changed, []
-        return changed, [*filterfalse(small.__contains__, keys)]
+        return changed, [*filterfalse({*small}.__contains__, keys)]
 
     def _differs(self, key: Hashable, value: Any) -> bool:
         """Tell whether a clean value is not what was stored when it came.
