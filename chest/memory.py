@@ -61,7 +61,7 @@ class Memory(Spilling):
             try:
                 with self, store.writing(left):
                     self._absorb()
-                    self.flush()
+                    self._flush_all()
                     if store is self._store:  # else this is a child that was forked meanwhile
                         self._isolate_and_flush()
                     try:

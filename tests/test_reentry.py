@@ -945,3 +945,26 @@ def test_another_chest_of_the_thread_does_not_wait_for_a_compaction(path, monkey
             other.flush()
         assert dict(c) == {"k": [8], "other": 2}
         c._check()
+
+
+def test_what_is_set_and_deleted_as_a_transaction_begins_outlives_its_rollback(path, monkeypatch):
+    monkeypatch.setattr("threading.active_count", lambda: 1)  # else all is flushed once more
+
+    def act():
+        c["k"], c["n"], c["late"] = ["hook"], ["hook"], ["hook"]
+        del c["d"]
+
+    with Chest({"k": ["old"], "d": ["old"]}, path=path) as c:
+        c.flush()
+        c["k"], c["n"] = ["before"], ["before"]
+        hook = c["hook"] = Acting()
+        hook.does("pickled", act)
+        expected = {"k": ["hook"], "n": ["hook"], "late": ["hook"]}
+        with suppress(ZeroDivisionError), c.transaction():
+            c["k"] = ["never"]
+            1 / 0  # noqa: B018
+        del c["hook"]
+        assert dict(c) == expected
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == expected
