@@ -88,7 +88,7 @@ class Changes(Residents):
         if self.in_memory(key) is not value:
             return  # what pickled it replaced it
         if keep and key not in self.ledger.rows:
-            self.ledger.add(key)
+            self._add(key)
         if keep:
             self._revive(key, value)
             if key in self.dirty:  # of what is on disk now

@@ -251,9 +251,10 @@ class Index(Head):
         return any(thread == me for thread, _ in _holders.copy())
 
     def _lock(self, timeout: float | None) -> None:
+        held = self.held_here()
         if self.is_locked:  # by what was collected as garbage meanwhile
             return
-        if self.held_here():
+        if held:
             message = "another chest of this thread is committing there"
             raise OSError(errno.EDEADLK, message, self.path)
         deadline = time.monotonic() + (math.inf if timeout is None else timeout)

@@ -180,8 +180,9 @@ class Memory(Spilling):
             self._start()
 
     def _changed_in_place(self) -> list[Any]:
+        alive = dict(self._hands.alive())  # first: what dies there may delete others
         loose = [*filter(self.inmem.__contains__, self._loose.copy())]
-        alive = {**dict(self._hands.alive()), **{key: self.inmem[key] for key in loose}}
+        alive.update((key, self.inmem[key]) for key in loose)
         clean = ((key, value) for key, value in alive.items() if key not in self.dirty)
         return [k for k, value in clean if self._differs(k, value)]
 

@@ -342,17 +342,27 @@ class Residents(ABC):
         mine, theirs = self.serializer, other.serializer
         return (mine.name, mine.load, mine.open) == (theirs.name, theirs.load, theirs.open)
 
+    def _add(self, key: Hashable) -> None:
+        """Take in a key that is not there."""
+        ledger = self.ledger
+        ledger.add(key)
+        if self.ledger is not ledger and key not in self.ledger.rows:  # read anew amid that
+            self.ledger.add(key)
+
     def delete(self, key: Hashable, *, last: bool = False) -> None:
         """Delete a key without reading its value; needs the lock."""
         self._demand_quiet()
         _ = self.in_memory(key)  # what a value does as it dies comes when all this is done
         with self:
             self._hide(key)  # first, so that no hit finds what `in` does not
-            row = self.ledger.rows.get(key, UNSAVED)
-            if row < 0 and self.ledger.unreadable and key in self.ledger.rows:
-                self.ledger.delete_unread(key)
-            self.ledger.delete(key, last=last)
-            self._outdated += self.ledger.room(row) if row >= 0 else 0
+            ledger = self.ledger
+            row = ledger.rows.get(key, UNSAVED)
+            if row < 0 and ledger.unreadable and key in ledger.rows:
+                ledger.delete_unread(key)
+            ledger.delete(key, last=last)
+            if self.ledger is not ledger and key in self.ledger.rows:  # read anew amid that
+                self.ledger.delete(key)
+            self._outdated += ledger.room(row) if row >= 0 else 0
             self._forget(key)
 
     def _demand_quiet(self) -> None:
@@ -392,8 +402,11 @@ class Residents(ABC):
         with self:
             self._fixed = {}  # first, so that no hit finds what `in` does not
             self._arm()
-            room = self.ledger.room_of_all()
-            self.ledger.clear()
+            ledger = self.ledger
+            room = ledger.room_of_all()
+            ledger.clear()
+            if self.ledger is not ledger:  # a hook had it read anew amid that
+                self.ledger.clear()
             self._empty()
             self._outdated = room
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections import deque
 from collections.abc import Hashable, Iterable
@@ -112,7 +113,7 @@ class Spilling(Saving):
         """Make `value`, of `size` bytes, the value of `key`, resident and dirty; needs the lock."""
         if key not in self.ledger.rows:
             self._check_key(key)
-            self.ledger.add(key)
+            self._add(key)
             self._note(key)
             self._count_outdated(-self.dirty.get(key, 0))
             self.dirty[key] = 0
@@ -151,7 +152,7 @@ class Spilling(Saving):
             ):
                 return False
             if key not in ledger.rows:
-                ledger.add(key)
+                self._add(key)
                 new = True
             elif key in self._fixed and eviction.reuse(key, size):
                 new = False
@@ -299,13 +300,16 @@ class Spilling(Saving):
         self._hands.keep_some(keys, values, size_of, map({*lent}.__contains__, keys))
         for part in (self._loose, self._touched, self.inmem):
             deque(map(part.pop, keys, repeat(None)), maxlen=0)
-        # Once more: some may have been handed out meanwhile.
-        self._hands.keep_some(keys, values, size_of, are_lent(values))
-        self.eviction.discard_all(keys)
-        self.meter.spills += len(keys)
+        # Once more: some may have been handed out meanwhile, and others set anew.
+        handed = are_lent(values)
+        gone = [*filterfalse(self.inmem.__contains__, keys)]
+        handed = [*map(operator.and_, handed, map({*gone}.__contains__, keys))]
+        self._hands.keep_some(keys, values, size_of, handed)
+        self.eviction.discard_all(gone)
+        self.meter.spills += len(gone)
         if self._as_loaded:
-            gone = filterfalse(self._hands.knows, keys)
-            deque(map(self._as_loaded.pop, gone, repeat(None)), maxlen=0)
+            forgotten = filterfalse(self._hands.knows, gone)
+            deque(map(self._as_loaded.pop, forgotten, repeat(None)), maxlen=0)
 
     def _let_go_of_referable(self, keys: list[Any]) -> list[Any]:
         """Let go of values to which there may be weak references; return the keys of the others."""

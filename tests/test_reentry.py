@@ -15,10 +15,12 @@ from functools import partial
 import numpy as np
 import pytest
 
+import chest.spilling
 import chest.upkeep
 from chest import Chest, UnsavedError
 from chest.directory import Directory
 from chest.frames import HEAD
+from chest.hands import Hands
 from chest.index import Index
 from chest.ledger import Ledger
 from chest.residents import Residents
@@ -968,3 +970,139 @@ def test_what_is_set_and_deleted_as_a_transaction_begins_outlives_its_rollback(p
         c._check()
     with Chest(path=path) as c:
         assert dict(c) == expected
+
+
+@pytest.mark.parametrize("how", ["compact", "roll back"])
+@pytest.mark.parametrize("act", ["add", "spelled", "clear"])
+def test_what_is_amid_a_step_of_the_ledger_goes_on_with_the_one_read_anew(
+    path, monkeypatch, act, how
+):
+    def collect(self, *args):
+        if moments:
+            moments.pop()
+            if how == "compact":
+                c.compact()
+            else:
+                with suppress(ZeroDivisionError), c.transaction():
+                    c["x"] = ["never"]
+                    c.flush()
+                    1 / 0  # noqa: B018
+        return plain(self, *args)
+
+    plain, moments = getattr(Ledger, act), []
+    monkeypatch.setattr(Ledger, act, collect)
+    with Chest({"k": ["old"], "x": ["old"]}, path=path) as c:
+        c.flush()
+        for n in range(20):
+            c["x"] = [n]
+            c.flush()
+        before = c._memory.ledger
+        moments.append("now")
+        if act == "add":
+            c["new"] = ["new"]
+            expected = {"k": ["old"], "x": [19], "new": ["new"]}
+        elif act == "spelled":
+            del c["k"]
+            expected = {"x": [19]}
+        else:
+            c.clear()
+            expected = {}
+        assert not moments
+        assert c._memory.ledger is not before
+        assert dict(c) == expected
+        c._check()
+        c.flush()
+    with Chest(path=path) as c:
+        assert dict(c) == expected
+
+
+def test_what_is_set_as_its_key_leaves_memory_is_counted_and_saved(path, monkeypatch):
+    def collect(*args):
+        moments.append("lent")
+        if len(moments) == 2:  # the old value left
+            c["k"] = ["again"]
+        return plain(*args)
+
+    plain, moments = chest.spilling.are_lent, []
+    monkeypatch.setattr(chest.spilling, "are_lent", collect)
+    with Chest({"k": ["old"], "x": ["old"]}, path=path) as c:
+        c.flush()
+        c["k"] = ["new"]
+        c.move_to_disk("k")
+        assert len(moments) == 2
+        c._check()
+        c.move_to_disk("k")
+        assert c["k"] == ["again"]
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["again"], "x": ["old"]}
+
+
+class Key:
+    """A key that does something when it is hashed, the next time."""
+
+    act = None
+
+    def __hash__(self):
+        act, Key.act = Key.act, None
+        if act is not None:
+            act()
+        return 1
+
+    def __eq__(self, other):
+        return type(other) is Key
+
+    def __reduce__(self):
+        return Key, ()
+
+
+@pytest.mark.parametrize("moment", ["alive", "hashed"])
+def test_a_rollback_goes_on_where_others_are_deleted_or_set(path, monkeypatch, moment):
+    def act():
+        c["set"] = ["garbage"]
+        del c["x"]
+
+    def collect(self):
+        if moments:
+            moments.pop()
+            if moment == "alive":
+                act()
+            else:
+                Key.act = act
+        return plain(self)
+
+    plain, moments = Hands.alive, []
+    monkeypatch.setattr(Hands, "alive", collect)
+    with Chest({Key(): ["old"], "x": ["old"], "k": ["old"]}, path=path) as c:
+        c.flush()
+        with pytest.raises(ZeroDivisionError), c.transaction():
+            c["k"] = ["never"]
+            c.flush()
+            moments.append("rolled back")
+            1 / 0  # noqa: B018
+        assert not moments
+        assert Key.act is None
+        c._check()
+        assert dict(c) == {Key(): ["old"], "x": ["old"], "k": ["old"]}
+    with Chest(path=path) as c:
+        assert dict(c) == {Key(): ["old"], "x": ["old"], "k": ["old"]}
+
+
+def test_garbage_may_commit_as_the_holders_of_the_lock_are_looked_at(path, monkeypatch):
+    def collect(self):
+        if moments:
+            moments.pop()
+            c["new"] = ["garbage"]
+            c.flush()
+        return plain(self)
+
+    plain, moments = Index.held_here, []
+    monkeypatch.setattr(Index, "held_here", collect)
+    with Chest({"k": ["old"]}, path=path) as c:
+        c.flush()
+        moments.append("now")
+        c.compact()
+        assert not moments
+        c._check()
+    with Chest(path=path) as c:
+        assert dict(c) == {"k": ["old"], "new": ["garbage"]}
