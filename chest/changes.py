@@ -186,7 +186,8 @@ class Changes(Residents):
         keys = [*filterfalse(self.ledger.changed.__contains__, keys)]  # that comes next
         entries = {key: hands.kept[key] for key in keys if key in hands.kept}
         small = hands.kept_small(keys)
-        pairs, others = self._compare([*small], [*small.values()], keys)
+        pairs, others = self._compare([*small], [*small.values()])
+        others += filterfalse(small.__contains__, keys)
         for key, value in pairs:
             self._revive(key, value)
         changed = [key for key, _ in pairs]
@@ -232,51 +233,50 @@ class Changes(Residents):
         """Mark those of these resident values dirty that changed in place."""
         if not self._saves_changes:
             return
-        clean = [*filterfalse(self.dirty.__contains__, keys)]
-        for start in range(0, len(clean), COMPARED):
-            some = clean[start : start + COMPARED]
+        clean = [*filterfalse(self.dirty.__contains__, keys)] if self.dirty else keys
+        small = self.eviction.small(clean)
+        for start in range(0, len(small), COMPARED):
+            some = small[start : start + COMPARED]
             try:
                 values = gather(self.inmem, some)
             except KeyError:  # what was pickled deleted some, or let them leave
                 some = [*filter(self.inmem.__contains__, some)]
                 values = gather(self.inmem, some)
-            if (small := self.eviction.small(some)) is not some:
-                values = gather(self.inmem, small)
-            changed, others = self._compare(small, values, some)
+            changed, others = self._compare(some, values)
             for key, value in changed:
                 if self.inmem.get(key, MISSING) is value:  # what was pickled may set others
                     self.dirty.setdefault(key, 0)
             for key in others:
                 self._must_write(key)
+        if small is not clean:
+            for key in filterfalse({*small}.__contains__, clean):
+                self._must_write(key)
 
     def _compare(
-        self, small: list[Any], values: Sequence[Any], keys: list[Any]
+        self, small: list[Any], values: Sequence[Any]
     ) -> tuple[list[tuple[Any, Any]], list[Any]]:
-        """Pickle the `small` ones of clean values, and compare them, in few steps.
+        """Pickle small clean values, and compare them, in few steps.
 
         Returns
         -------
         changed : list
             The keys and values of those that changed in place.
         others : list
-            Those of `keys` that have to be looked at one by one.
+            Those of the keys that have to be looked at one by one.
         """
         if not self._saves_changes:
             return [], []
         if not self.serializer.direct or self.ledger.changed:
-            return [], keys
+            return [], small
         try:
             expected: Iterable[Any] = self.ledger.digests(small)
             if self._as_loaded:
                 expected = [*map(self._as_loaded.get, small, expected)]
             streams: Any = self.serializer.dumps_all(values)
             differ = map(operator.ne, expected, map(digest_bytes, streams))
-            changed = [*compress(zip(small, values, strict=True), differ)]
+            return [(small[n], values[n]) for n in compress(range(len(small)), differ)], []
         except (LookupError, TypeError):  # what is pickled deletes or sets others, or cannot be
-            return [], keys
-        if len(small) == len(keys):
-            return changed, []
-        return changed, [*filterfalse({*small}.__contains__, keys)]
+            return [], small
 
     def _differs(self, key: Hashable, value: Any) -> bool:
         """Tell whether a clean value is not what was stored when it came.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Hashable, Iterable
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 from heapdict import heapdict
@@ -63,6 +63,7 @@ class Eviction:
 
     def __init__(self, budget: float) -> None:
         self.total = 0
+        self._large = 0  # how many values of so many bytes are enrolled
         self.set_budget(budget)
         self.marks: set[Hashable] = set()
         self._homes: dict[Hashable, Cohort] = {}  # but for new values, as long as theirs is open
@@ -122,6 +123,7 @@ class Eviction:
         cohort.nbytes += size
         self._homes[key] = cohort
         self.total += size
+        self._large += size >= LARGE
 
     def _rank(self, cohort: Cohort) -> None:
         mean = cohort.nbytes // len(cohort.sizes)
@@ -152,6 +154,7 @@ class Eviction:
         size = cohort.sizes.pop(key)
         cohort.nbytes -= size
         self.total -= size
+        self._large -= size >= LARGE
         self.marks.discard(key)
         if not cohort.sizes and cohort is not self._aside:
             self._heap.pop(cohort, None)
@@ -166,7 +169,7 @@ class Eviction:
             end = start + len(cohort.sizes)
             # To ask whether different keys are equal is more than any dict would do.
             whole = end <= len(keys) and all(map(operator.is_, cohort.sizes, keys[start:end]))
-            if whole and cohort is not self._aside:
+            if whole and len(cohort.sizes) > 1 and cohort is not self._aside:
                 self._close(cohort)
                 deque(map(self._homes.pop, cohort.sizes), maxlen=0)
                 self.total -= cohort.nbytes
@@ -187,6 +190,8 @@ class Eviction:
 
     def small(self, keys: list[Any]) -> list[Any]:
         """Return those of `keys` that were enrolled with less than `LARGE` bytes."""
+        if not self._large:
+            return keys
         if self._aside not in (homes := {*map(self._homes.get, keys)}):
             known = [home for home in homes if home is not None]  # the others are new, and small
             if all(len(home.sizes) > 1 or home.nbytes < LARGE for home in known):
@@ -244,3 +249,5 @@ class Eviction:
             assert cohort.nbytes == sum(cohort.sizes.values())
             assert all(self._home(key) is cohort for key in cohort.sizes)
         assert self.total == sum(cohort.nbytes for cohort in cohorts)
+        sizes = chain.from_iterable(cohort.sizes.values() for cohort in cohorts)
+        assert self._large == sum(size >= LARGE for size in sizes)
