@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
-from itertools import count
+from itertools import count, groupby
 
 from chest.columns import Entry, FrameError, is_plain, own_entries
 from chest.directory import INDEX
@@ -28,7 +28,7 @@ logger = logging.getLogger("chest")
 RETRY = 10  # seconds until what failed is tried again, where nobody asked for it
 COMPACT_BYTES = 60 << 10  # a log of fewer bytes is not worth a new one
 WASTE = 16 << 20  # bytes by which the dead in packs may exceed the living
-COPIED = 4096  # values that are copied at a time
+COPIED = 1 << 20  # bytes of a pack that are read at a time, to copy what is alive of them
 
 
 class Upkeep(Reading, ABC):
@@ -172,9 +172,9 @@ class Upkeep(Reading, ABC):
         rows = self.ledger.packed_in(names)
         entries = sorted((self.ledger.entry(row), n) for n, (_, row) in enumerate(rows))
         try:
-            for start in range(0, len(entries), COPIED):
-                some = entries[start : start + COPIED]
-                streams = [self._read_or_nothing(entry) for entry, _ in some]
+            for _, group in groupby(entries, lambda pair: (pair[0].file, pair[0].place // COPIED)):
+                some = [*group]
+                streams = self._read_living([entry for entry, _ in some])
                 # What is cut short stays where it is, and so do the digests: reading tells.
                 whole = [n for n, (entry, _) in enumerate(some) if len(streams[n]) == entry.length]
                 keys = [rows[some[n][1]][0] for n in whole]
@@ -225,17 +225,26 @@ class Upkeep(Reading, ABC):
                 names.update(entry.file for entry in own_entries(payload))
         return self.directory.size(names.union(self.directory.staging()))
 
-    def _read_or_nothing(self, entry: Entry) -> bytes:
-        name, place, length, digest = entry
+    def _read_living(self, entries: list[Entry]) -> list[bytes]:
+        """Return the streams that lie near each other in a pack, b"" for what is gone."""
+        streams = self._read_near(entries)
+        damaged = [n for n, entry in enumerate(entries) if digest_bytes(streams[n]) != entry.digest]
+        if damaged:
+            self.packs.forget(entries[0].file)  # another one may have the name by now
+            again = self._read_near(entries)
+            for n in damaged:
+                streams[n] = again[n]
+        return streams
+
+    def _read_near(self, entries: list[Entry]) -> list[bytes]:
+        name, start, end = entries[0].file, entries[0].place, entries[-1].place + entries[-1].length
         try:
             with locating(self.directory.full_path(name)):
-                data = self.packs.read(name, place, length)
-                if digest_bytes(data) == digest:
-                    return data
-                self.packs.forget(name)  # another one may have the name by now
-                return self.packs.read(name, place, length)
+                data = self.packs.read(name, start, end - start)
         except FileNotFoundError:
-            return b""
+            data = b""
+        places = [entry.place - start for entry in entries]
+        return [data[n : n + entry.length] for n, entry in zip(places, entries, strict=True)]
 
     def _modernize(self) -> None:
         """Put an index of today in the place of that of chest 0.2.3."""

@@ -122,7 +122,7 @@ def reads(monkeypatch):
 def tight(monkeypatch):
     """Let little waste be too much, and little be many; packs hold 3000 bytes."""
     monkeypatch.setattr(chest.upkeep, "WASTE", 2000)
-    monkeypatch.setattr(chest.upkeep, "COPIED", 50)
+    monkeypatch.setattr(chest.upkeep, "COPIED", 200)
     monkeypatch.setattr(chest.upkeep, "COMPACT_BYTES", 3000)
     monkeypatch.setattr(chest.saving, "STEP", 16)
     monkeypatch.setattr(chest.staging, "STREAM_BYTES", 1000)
@@ -499,6 +499,32 @@ def test_a_pack_that_goes_just_before_it_is_copied_costs_its_own_values(
             assert found == (key, os.path.join(two_packs, ".pack-1"))
             c[key] = value
     assert read_back(two_packs) == kept
+
+
+def test_damage_in_a_pack_that_goes_as_it_is_copied_costs_no_other_value(
+    two_packs, tight, monkeypatch
+):
+    real = Store.repack
+
+    def repack(self, names):
+        remove(c)
+        real(self, names)
+
+    monkeypatch.setattr(Store, "repack", repack)
+    monkeypatch.setattr(chest.upkeep, "WASTE", 1)
+    kept = small(6)
+    with Chest(path=two_packs) as c:
+        c["k60"]  # from now on the pack is open
+        flip(c, "k1")
+        for key in {*c} - {*kept}:
+            del c[key]
+        c.write_keys()
+        assert ".pack-1" not in packs(two_packs)
+    del kept["k1"]
+    with Chest(path=two_packs) as c:
+        with pytest.raises(CorruptValueError):
+            c["k1"]
+        assert {key: c[key] for key in kept} == kept
 
 
 def test_packs_are_not_measured_again_once_they_are_copied(two_packs, monkeypatch):
