@@ -242,7 +242,7 @@ class Serializer:
                     if len(streams) < len(values):  # a map takes it for the end
                         streams.append(UndumpableError(StopIteration("raised by a pickled object")))
                 except Exception as error:  # noqa: BLE001 -- objects raise anything; it is returned
-                    streams.append(UndumpableError(error))
+                    streams.append(UndumpableError(_without_frame(error)))
         finally:
             storing.active = active
         return streams
@@ -427,6 +427,12 @@ class UndumpableError(Exception):
     def __init__(self, cause: Exception) -> None:
         super().__init__(cause)
         self.cause = cause
+
+
+def _without_frame(error: Exception) -> Exception:
+    """Have an error keep the frame alive no more in which it was caught, with all that is there."""
+    caught = error.__traceback__
+    return error.with_traceback(caught and caught.tb_next)
 
 
 def _loaded(function: Callable[[Any], Any], source: Any) -> Any:

@@ -313,6 +313,24 @@ def test_values_that_nobody_has_take_no_place_of_those_that_are_held():
         assert c[0] == [0, "kept"]
 
 
+def test_what_leaves_with_a_value_that_cannot_be_pickled_is_not_lent_for_that():
+    with Chest(available_memory=1e6, nbytes=lambda _: 1000) as c:
+        c["mine"] = [0]
+        for n in range(30):
+            c[n] = [n]
+        c["bad"] = [lambda: None]
+        mine = c["mine"]
+        c[0]
+        c.available_memory = 0  # the error, with its traceback, is garbage that is not collected
+        for n in range(3):
+            c[n]
+        mine.append("kept")
+        for n in range(3):
+            c[n]
+        assert c["mine"] == [0, "kept"]
+        del c["bad"]
+
+
 def test_the_room_for_what_is_lent_goes_with_the_budget():
     with Chest(available_memory=1e6, nbytes=lambda _: 1000) as c:
         for n in range(30):
