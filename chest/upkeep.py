@@ -237,7 +237,9 @@ class Upkeep(Reading, ABC):
         return streams
 
     def _read_near(self, entries: list[Entry]) -> list[bytes]:
-        name, start, end = entries[0].file, entries[0].place, entries[-1].place + entries[-1].length
+        name, start = entries[0].file, entries[0].place
+        # Where a pack was cut short and grew again, what is lost lies in the midst of others.
+        end = max(entry.place + entry.length for entry in entries)
         try:
             with locating(self.directory.full_path(name)):
                 data = self.packs.read(name, start, end - start)

@@ -527,6 +527,22 @@ def test_damage_in_a_pack_that_goes_as_it_is_copied_costs_no_other_value(
         assert {key: c[key] for key in kept} == kept
 
 
+def test_what_lies_over_the_place_of_lost_values_is_copied(two_packs):
+    with Chest(path=two_packs) as c:
+        os.truncate(os.path.join(two_packs, ".pack-2"), entry(c, "k70").place)
+        c.update({"large": "y" * 4000} | small(64, 200))
+        c.flush()
+        assert entry(c, "large").file == ".pack-2"
+        lost = small(58, 70)
+        for key in [*small(64), *small(64, 200), *[*lost][:-1]]:
+            del c[key]
+        c.compact()
+        assert entry(c, "large").file == ".pack-3"
+        assert c["large"] == "y" * 4000
+        with pytest.raises(CorruptValueError):
+            c[[*lost][-1]]
+
+
 def test_packs_are_not_measured_again_once_they_are_copied(two_packs, monkeypatch):
     kept = small(3) | small(3, 64)
     monkeypatch.setattr(chest.upkeep, "WASTE", nbytes(kept.values()) * 5)
