@@ -245,6 +245,10 @@ class Upkeep(Reading, ABC):
                 data = self.packs.read(name, start, end - start)
         except FileNotFoundError:
             data = b""
+        except OSError:  # which may be of a sector that nothing alive is in
+            if len(entries) == 1:
+                raise
+            return [self._read_near([entry])[0] for entry in entries]
         places = [entry.place - start for entry in entries]
         return [data[n : n + entry.length] for n, entry in zip(places, entries, strict=True)]
 

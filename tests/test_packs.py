@@ -543,6 +543,41 @@ def test_what_lies_over_the_place_of_lost_values_is_copied(two_packs):
             c[[*lost][-1]]
 
 
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_sector_that_cannot_be_read_costs_what_is_alive_in_it(
+    two_packs, tight, monkeypatch, automatic, caplog
+):
+    with Chest(path=two_packs) as c:
+        _, start, length, _ = entry(c, "k7")
+    real = os.pread
+
+    def pread(fd, n, place):  # as the kernel does: first what comes before
+        if os.path.samestat(os.fstat(fd), pack) and place < start + length and place + n > start:
+            if place < start:
+                return real(fd, start - place, place)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, n, place)
+
+    pack = os.stat(os.path.join(two_packs, ".pack-1"))
+    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(chest.upkeep, "WASTE", 1 if automatic else 1 << 20)
+    kept = small(20)
+    del kept["k7"]
+    with Chest(path=two_packs) as c:
+        for key in {*c} - {*kept} - {"k7"}:
+            del c[key]
+        c.write_keys()
+        assert ".pack-1" in packs(two_packs)  # something alive cannot be read
+        assert ("could not be compacted: [Errno 5]" in caplog.text) is automatic
+        caplog.clear()  # with the error, whose frames have the pack open
+        with pytest.raises(OSError, match="pack-1"):
+            c["k7"]
+        del c["k7"]
+        c.write_keys() if automatic else c.compact()
+        assert ".pack-1" not in packs(two_packs)
+        assert dict(c) == kept
+
+
 def test_packs_are_not_measured_again_once_they_are_copied(two_packs, monkeypatch):
     kept = small(3) | small(3, 64)
     monkeypatch.setattr(chest.upkeep, "WASTE", nbytes(kept.values()) * 5)
