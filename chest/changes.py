@@ -152,7 +152,9 @@ class Changes(Residents):
     def _hold(self, key: Hashable, value: Any) -> None:
         """Put a value in this thread's hand, and look at what was in it."""
         self._note(key)
-        self._settle(self._hands.hold(key, value))
+        if before := self._hands.hold(key, value):
+            self._settle(before)
+            self._hands.swap(key, value)  # hooks may have read others
 
     def _note(self, key: Hashable) -> None:
         """Take note that a transaction may change a value."""

@@ -56,6 +56,7 @@ class Loading(Changes):
         self._hands.swap(key, value)
         if self._hands.kept and self._hands.is_time(is_hit=True):
             self._if_free(self._look_at_lent)
+            self._hands.swap(key, value)  # hooks may have read others
         # Another thread may have begun a transaction, or deleted it, or spilled it before it was in
         # the hand.
         ledger = self.ledger
@@ -138,8 +139,10 @@ class Loading(Changes):
                 size = entry.length if crowded else self.measure(value)
                 digest = entry.digest if again else self._digest_as_loaded(value, entry)
                 with self.lock, self:
-                    taken = self._take_in(key, entry, value, size, digest, uses, stream)
-                if taken or tries == TRIES:  # it was the value when the read began
+                    found = self._take_in(key, entry, value, size, digest, uses, stream)
+                if found is not MISSING:
+                    return found
+                if tries == TRIES:  # it was the value when the read began
                     return value
             finally:
                 if entry.__class__ is not tuple:
@@ -220,10 +223,11 @@ class Loading(Changes):
                         self._keep_loose(key, value)
                         self.eviction.enroll(key, size, READ_ONCE)
                         self._hold(key, value)
-                    taken = True
+                    taken = fixed or self.in_memory(key) is value
                 else:
                     entry = Entry(*where)
-                    taken = self._take_in(key, entry, value, size, digest, READ_ONCE, False)
+                    found = self._take_in(key, entry, value, size, digest, READ_ONCE, False)
+                    taken = found is value
                 self._loads.threads.pop(key, None)  # before anybody else gets the lock
                 return taken
             except BaseException as error:
@@ -239,14 +243,13 @@ class Loading(Changes):
         digest: int | None,
         uses: float,
         stream: bool,
-    ) -> bool:
-        """Make a value resident that was read from `entry`, unless that is history."""
+    ) -> Any:
+        """Make a value resident that was read from `entry`, as `_admit`; `MISSING` if history."""
         if self._torn or not self._wants(key, entry):
-            return False
+            return MISSING
         if digest != entry.digest:
             self._note_as_loaded(key, digest)
-        self._admit(key, value, size, uses, stream)
-        return True
+        return self._admit(key, value, size, uses, stream)
 
     def hand_out(
         self, key: Hashable, value: Any, ledger: Ledger, row: int, digest: int | None
@@ -262,7 +265,8 @@ class Loading(Changes):
             self.begin()
             if self.ledger is not ledger or ledger.rows.get(key) != row:
                 return False
-            return self._take_in(key, entry, value, size, digest, READ_ONCE, stream=True)
+            found = self._take_in(key, entry, value, size, digest, READ_ONCE, stream=True)
+            return found is value
 
     def _begin_load(self, key: Hashable, stream: bool, me: int) -> Entry | tuple[Any]:
         """Return where to read the value from, or the value itself in a tuple.
@@ -284,6 +288,8 @@ class Loading(Changes):
                     value = self.inmem[key]
                     if key in self._loose:
                         self._hold(key, value)  # which may make room, and let go of it
+                        if self.in_memory(key) is not value:
+                            continue
                     return (value,)
                 value = self._hands.get(key, MISSING)
                 row = self.ledger.rows.get(key, UNSAVED)
@@ -293,8 +299,7 @@ class Loading(Changes):
                     size = self.measure(value)
                     same = self.in_memory(key) is MISSING or self.in_memory(key) is value
                     if same and key not in self.inmem and self.ledger.rows.get(key) == row:
-                        self._admit(key, value, size, READ_ONCE, stream=stream)
-                        return (value,)
+                        return (self._admit(key, value, size, READ_ONCE, stream=stream),)
                     continue  # what measures it replaced or deleted it
                 if row < 0:
                     raise KeyError(key)
@@ -326,8 +331,12 @@ class Loading(Changes):
                 raise
             return MISSING, False  # another handle, or what opens or loads it, replaced it
 
-    def _admit(self, key: Hashable, value: Any, size: int, uses: float, stream: bool) -> None:
-        """Make a stored value resident if it may be, and put it in this thread's hand."""
+    def _admit(self, key: Hashable, value: Any, size: int, uses: float, stream: bool) -> Any:
+        """Make a stored value resident if it may be, and put it in this thread's hand.
+
+        Return what is to be handed out: a copy, if that is what a hook had the chest read since.
+        """
+        row, ledger = self.ledger.rows.get(key, UNSAVED), self.ledger
         loose = changeable(value)
         fits = size <= self.available
         if stream:  # what is resident has the room, and small values come back many at a time
@@ -343,6 +352,16 @@ class Loading(Changes):
         self._settle(self._hands.hold(key, value) if loose else self._hands.empty())
         # Only now: it may commit, and then find that another handle replaced or deleted the key.
         self._make_room()
+        if not loose:
+            return value
+        here = self.in_memory(key)
+        if here is MISSING:  # what hooks read was too much
+            if self.ledger is not ledger or ledger.rows.get(key, UNSAVED) != row:
+                return value  # it is history
+            self._hands.keep(key, value, size)
+            here = value
+        self._hands.swap(key, here)
+        return here
 
     def read(self, key: Hashable, entry: Entry, file: Any = None) -> tuple[Any, bool]:
         """Load a value, as `Reading.read` does, and count it."""

@@ -46,6 +46,8 @@ class Spilling(Saving):
             self.put(key, value, size)
             if self.eviction.total > self.available:
                 self._spill(key)
+                if self.in_memory(key) is value and changeable(value):
+                    self._hands.swap(key, value)  # hooks may have read others
             if self._outdated > OUTDATED:
                 self._free_disk()
 

@@ -331,6 +331,29 @@ def test_what_leaves_with_a_value_that_cannot_be_pickled_is_not_lent_for_that():
         del c["bad"]
 
 
+@pytest.mark.parametrize("budget", [0, 250, 450, 950])
+@pytest.mark.parametrize("get", [lambda c, n: c[n], lambda c, n: c.setdefault(n, None)])
+def test_what_hooks_read_pushes_nothing_out_of_the_hand(budget, get):
+    read, busy = [], [True]
+
+    def read_all(_key):
+        if not busy:
+            busy.append(True)
+            read.append([*c.items()])
+            busy.clear()
+
+    options = {"nbytes": lambda _: 100, "on_overflow": read_all}
+    with Chest({n: [n] for n in range(20)}, available_memory=budget, **options) as c:
+        c.flush()
+        busy.clear()
+        for turn in range(3):
+            for n in range(20):
+                get(c, n).append(turn)
+        busy.append(True)
+        assert read
+        assert {n: c[n] for n in range(20)} == {n: [n, 0, 1, 2] for n in range(20)}
+
+
 def test_the_room_for_what_is_lent_goes_with_the_budget():
     with Chest(available_memory=1e6, nbytes=lambda _: 1000) as c:
         for n in range(30):
