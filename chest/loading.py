@@ -354,12 +354,12 @@ class Loading(Changes):
         self._make_room()
         if not loose:
             return value
-        here = self.in_memory(key)
-        if here is MISSING:  # what hooks read was too much
-            if self.ledger is not ledger or ledger.rows.get(key, UNSAVED) != row:
-                return value  # it is history
-            self._hands.keep(key, value, size)
-            here = value
+        if self.in_memory(key) is MISSING and key in self.ledger.rows:  # hooks read too much
+            same = self.ledger is ledger and ledger.rows.get(key, UNSAVED) == row
+            if (same or not self._differs(key, value)) and self.in_memory(key) is MISSING:
+                self._hands.keep(key, value, size)
+        if (here := self.in_memory(key)) is MISSING:
+            return value  # it is history
         self._hands.swap(key, here)
         return here
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import random
 import sys
 import threading
 import weakref
@@ -352,6 +353,36 @@ def test_what_hooks_read_pushes_nothing_out_of_the_hand(budget, get):
         busy.append(True)
         assert read
         assert {n: c[n] for n in range(20)} == {n: [n, 0, 1, 2] for n in range(20)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_hooks_read_pushes_nothing_out_that_was_changed(seed):
+    draw, read, busy = random.Random(seed), [], [True]
+
+    def read_all(_key):
+        if not busy:
+            busy.append(True)
+            read.append([*c.values()])
+            busy.clear()
+
+    options = {"nbytes": lambda _: 100, "on_overflow": read_all}
+    budget = draw.choice([150, 450, 950])
+    expected = {n: [n] for n in range(20)}
+    with Chest({n: [n] for n in range(20)}, available_memory=budget, **options) as c:
+        c.flush()
+        busy.clear()
+        for turn in range(60):
+            n, act = draw.randrange(20), draw.randrange(8)
+            if act < 6:
+                c[n].append(turn)
+                expected[n].append(turn)
+            elif act == 6:
+                c.flush()
+            else:
+                c.move_to_disk(n)
+        busy.append(True)
+        assert read
+        assert dict(c) == expected
 
 
 def test_the_room_for_what_is_lent_goes_with_the_budget():
